@@ -1,0 +1,134 @@
+"""Every knob. Frozen, torch-free values: a recipe is one of these, the command line overrides it by name, nothing else changes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Data:
+    dir: str = "data/shapes"
+    """Folder of shards, as launchers/shards.py writes it."""
+    source: str = ""
+    """Where the shards come from if the folder has none yet: shapes, folder:DIR, cifar10:DIR, stl10:DIR, nyu:DIR."""
+    splits: tuple[str, ...] = ("unlabeled",)
+    """Splits to pretrain on."""
+    workers: int = 0
+    """Decoding threads a rank; 0: this rank's share of the cores it may use."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of the pair: each number is a probability, unless it says otherwise."""
+
+    flip: float = 0.5
+    jitter: float = 0.8
+    gray: float = 0.2
+    blur: float = 1.0
+    solarize: float = 0.0
+
+
+@dataclass(frozen=True)
+class Views:
+    size: int = 96
+    """Side of a view in pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop, as a share of the image."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width over height of the crop."""
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels."""
+    a: View = field(default_factory=View)
+    b: View = field(default_factory=lambda: View(blur=0.1, solarize=0.2))
+
+
+@dataclass(frozen=True)
+class Model:
+    backbone: str = "resnet18"
+    """Any ResNet or Wide-ResNet of timm."""
+    stem: Literal["imagenet", "small", "dense", "cifar"] = "small"
+    """imagenet: 7x7 stride 2, pool. small: 3x3 stride 2, pool. dense: 3x3 stride 1, pool. cifar: 3x3 stride 1, no pool."""
+    width: float = 1.0
+    """Multiplies the channels of every stage."""
+    zero_init_residual: bool = False
+    """Start every residual branch at zero."""
+    projector: tuple[int, ...] = (8192, 8192, 8192)
+    """Widths of the projector's layers."""
+    init: str = ""
+    """A run folder or a checkpoint whose weights to start from."""
+
+
+@dataclass(frozen=True)
+class BarlowTwins:
+    lambd: float = 0.0051
+    """Weight of the off-diagonal term."""
+    scale: float = 1.0
+    """Factor of the whole loss."""
+    form: Literal["auto", "dxd", "nxn"] = "auto"
+    """Compute through the cross-correlation (D x D) or the Gram matrices (N x N); auto: the cheaper."""
+
+
+@dataclass(frozen=True)
+class Lars:
+    lr: float = 0.2
+    """Learning rate of the weights at a global batch of 256; it scales with the batch."""
+    lr_biases: float = 0.0048
+    """The same for biases and norms (1-d parameters)."""
+    weight_decay: float = 1e-6
+    momentum: float = 0.9
+    eta: float = 0.001
+    """Trust coefficient."""
+    clip: bool = False
+    """Never let the adapted rate of a layer exceed the learning rate."""
+    warmup_epochs: float = 10
+    end_lr: float = 0.001
+    """Where the cosine ends, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every_steps: int = 500
+    """Save after so many steps (and at the end)."""
+    keep: int = 3
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class Knn:
+    every_epochs: int = 10
+    """Evaluate on train and val after so many epochs (and at the end); 0: never."""
+    k: int = 20
+    temperature: float = 0.07
+    baselines: bool = False
+    """At the end also raw pixels and the untrained backbone."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Pretrain a backbone without labels."""
+
+    run: str = ""
+    """Name of the run; a second command of the same name resumes it. Default: the recipe's name."""
+    runs_dir: str = "runs"
+    """Where run folders are made."""
+    epochs: int = 100
+    batch_size: int = 512
+    """Global: over all ranks."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """auto: bf16 on a GPU, float32 on a CPU."""
+    log_every: int = 10
+    """Steps between two printed lines; metrics.jsonl has every step."""
+    data: Data = field(default_factory=Data)
+    views: Views = field(default_factory=Views)
+    model: Model = field(default_factory=Model)
+    objective: BarlowTwins = field(default_factory=BarlowTwins)
+    optim: Lars = field(default_factory=Lars)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    knn: Knn = field(default_factory=Knn)
