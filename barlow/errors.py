@@ -21,3 +21,7 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+class Preempted(Exception):  # noqa: N818  (an event, not an error)
+    """The run was told to stop: it has saved and can go on from there. Its message says by what, and at which step."""

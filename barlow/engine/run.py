@@ -1,0 +1,111 @@
+"""The run folder: what a person asks of a run is answered by a file in it. Torch-free, for launchers and ranks alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from barlow.errors import UserError
+
+Config = TypeVar("Config")
+
+# Knobs that may differ when a run goes on: they change neither images, nor views, nor arithmetic.
+FREE = {"runs_dir", "log_every", "data.workers", "checkpoint.every_steps", "checkpoint.keep"}
+CODE = ("barlow", "slurm", "launchers")
+
+
+def prepare(config: Any, command: str, root: Path) -> Path:
+    """Make the run folder, or find it again: its config, the command, and a snapshot of the code under `root`.
+
+    A second run of the same name with another config is refused, and the difference named."""
+    folder = Path(config.runs_dir).expanduser().resolve() / config.run
+    asked = dataclasses.asdict(config)
+    if (folder / "config.json").exists():
+        compare(read_json(folder / "config.json"), asked, config.run)
+    try:
+        for sub in ("checkpoints", "logs"):
+            (folder / sub).mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", asked)
+        with open(folder / "command.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command}\n")
+        snapshot(root, folder / "code")
+        if not (folder / "status.json").exists():
+            write_status(folder, state="pending", step=0, attempts=0, why="")
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {folder}: {error.strerror}; give another --runs-dir") from error
+    return folder
+
+
+def compare(stored: Mapping[str, Any], asked: Mapping[str, Any], name: str) -> None:
+    """Refuse `asked` where it differs from the stored config of the run, but for the knobs in FREE."""
+    old, new = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(asked))))
+    differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE]
+    if differ:
+        told = ", ".join(f"{key} {old.get(key)} there, {new.get(key)} here" for key in differ)
+        raise UserError(f"run {name!r} exists with another config ({told}): choose another --run, or the same values")
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def load_config(folder: Path, kind: type[Config]) -> Config:
+    """The run's config.json as the dataclass it was written from."""
+    return _build(kind, read_json(folder / "config.json"))
+
+
+def _build(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{key: _build(hints[key], item) for key, item in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple:
+        return tuple(_build(get_args(kind)[0], item) for item in value)
+    return value
+
+
+def snapshot(root: Path, code: Path) -> None:
+    """Copy the code that will run into the run folder, so that a later edit does not reach a waiting job."""
+    fresh = code.with_name(f"code.{os.getpid()}")
+    for part in CODE:
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(root / part, fresh / part, ignore=ignore)
+    old = code.with_name(f"code.{os.getpid()}.old")
+    if code.exists():
+        code.rename(old)
+    fresh.rename(code)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Whole or not at all: a reader never sees half a file, a crash leaves the old one."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(fresh, "w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    path = folder / "status.json"
+    return read_json(path) if path.exists() else {}
+
+
+def write_status(folder: Path, **changes: Any) -> None:
+    """Lay `changes` over status.json. Written by rank 0 and by the launcher, never by both at a time."""
+    write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})
