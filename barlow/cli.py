@@ -33,9 +33,8 @@ def parse(
     command = dataclasses.make_dataclass(
         "Command", [("config", Annotated[type(recipe), flat]), ("cluster", Annotated[cluster, flat])], frozen=True
     )
-    usage = f"{prog} [RECIPE]"
     description = f"{about}\n\nRECIPE: {', '.join(recipes)} (default: the first). Defaults below are those of {name!r}."
-    parsed: Any = _tyro(command, command(recipe, cluster()), words, usage, description)
+    parsed: Any = _tyro(command, command(recipe, cluster()), words, prog, description)
     return name, parsed.config, parsed.cluster
 
 
@@ -48,7 +47,7 @@ def _tyro(command: type, default: Any, words: list[str], prog: str, description:
                 command,
                 args=words,
                 default=default,
-                prog=prog,
+                prog=f"{prog} [RECIPE]",
                 description=description,
                 config=(tyro.conf.AvoidSubcommands,),
             )
@@ -63,7 +62,7 @@ def _one_line(box: str, prog: str) -> str:
     lines = [line for line in lines[1:] if line]  # the first line is the box's title
     rules = [i for i, line in enumerate(lines) if set(line) <= {"─"}]
     message = " ".join(lines[: rules[0]] if rules else lines)
-    message = re.sub(r"^Unrecognized options: (\S+).*", r"unknown flag \1", message)
+    message = re.sub(r"^Unrecognized options: ([^\s,]+).*", r"unknown flag \1", message)
     message = message[:1].lower() + message[1:].rstrip(".")
     meant = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(lines))
     if meant:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from barlow.errors import UserError
+
 
 @dataclass(frozen=True)
 class Data:
@@ -132,3 +134,18 @@ class Pretrain:
     optim: Lars = field(default_factory=Lars)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     knn: Knn = field(default_factory=Knn)
+
+    def __post_init__(self) -> None:
+        positive = {"epochs": self.epochs, "log-every": self.log_every, "checkpoint.every-steps": self.checkpoint.every_steps}
+        positive |= {"checkpoint.keep": self.checkpoint.keep, "knn.k": self.knn.k, "views.size": self.views.size}
+        for name, value in positive.items():
+            if value < 1:
+                raise UserError(f"--{name} is {value}: give 1 or more")
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size is {self.batch_size}: a batch is standardised over its images, give 2 or more")
+        if not self.model.projector or min(self.model.projector) < 1:
+            raise UserError(f"--model.projector is {self.model.projector}: give the widths of its layers, as in 2048 2048 2048")
+        if not 0 < self.views.scale[0] <= self.views.scale[1] <= 1:
+            raise UserError(f"--views.scale is {self.views.scale}: give two shares of the image, as in 0.08 1.0")
+        if "/" in self.run or self.run.startswith("."):
+            raise UserError(f"--run is {self.run!r}: give a plain name; --runs-dir says where the folder goes")

@@ -24,4 +24,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Preempted(Exception):  # noqa: N818  (an event, not an error)
-    """The run was told to stop: it has saved and can go on from there. Its message says by what, and at which step."""
+    """The run was told to stop: it has saved after `step` steps and can go on from there."""
+
+    def __init__(self, signal: str, step: int) -> None:
+        super().__init__(f"{signal or 'another rank was told to stop'}; saved at step {step}")
+        self.step = step

@@ -23,4 +23,4 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any rank was told; a collective call, so every rank gets the same answer."""
-        return dist.any_rank(bool(self.signal))
+        return bool(dist.highest(int(bool(self.signal))))

@@ -20,18 +20,25 @@ FREE = {"runs_dir", "log_every", "data.workers", "checkpoint.every_steps", "chec
 CODE = ("barlow", "slurm", "launchers")
 
 
-def prepare(config: Any, command: str, root: Path) -> Path:
-    """Make the run folder, or find it again: its config, the command, and a snapshot of the code under `root`.
+def folder_of(config: Any) -> Path:
+    return Path(config.runs_dir).expanduser().resolve() / config.run
 
-    A second run of the same name with another config is refused, and the difference named."""
-    folder = Path(config.runs_dir).expanduser().resolve() / config.run
-    asked = dataclasses.asdict(config)
-    if (folder / "config.json").exists():
-        compare(read_json(folder / "config.json"), asked, config.run)
+
+def refuse_other_config(config: Any) -> None:
+    """A second run of the same name goes on with the first; with another config it is refused, the difference named."""
+    stored = folder_of(config) / "config.json"
+    if stored.exists():
+        compare(read_json(stored), dataclasses.asdict(config), config.run)
+
+
+def prepare(config: Any, command: str, root: Path) -> Path:
+    """Make the run folder, or find it again: its config, the command, and a snapshot of the code under `root`."""
+    refuse_other_config(config)
+    folder = folder_of(config)
     try:
         for sub in ("checkpoints", "logs"):
             (folder / sub).mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", asked)
+        write_json(folder / "config.json", dataclasses.asdict(config))
         with open(folder / "command.txt", "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {command}\n")
         snapshot(root, folder / "code")

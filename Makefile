@@ -1,0 +1,28 @@
+# make demo       set up a fresh machine, then pretrain on the embedded `shapes` set and show what was learned
+# make test       set up a fresh machine, then every test, a real four-node SLURM included
+# make check      ruff, mypy and the fast tests
+# make cluster-up / cluster-down    a real SLURM of four nodes on this machine, to try things on
+.PHONY: setup demo test check cluster-up cluster-down
+python := .venv/bin/python
+
+setup:
+	@./setup.sh run
+
+demo: setup
+	@$(python) launchers/pretrain.py shapes --run demo
+
+test:
+	@./setup.sh test
+	@$(python) -m pytest -q -p no:cacheprovider
+
+check:
+	@./setup.sh test
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@$(python) -m pytest -q -m "not slow and not slurm"
+
+cluster-up: setup
+	@$(python) -m slurm.devcluster up
+
+cluster-down:
+	@$(python) -m slurm.devcluster down

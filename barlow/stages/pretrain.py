@@ -1,0 +1,182 @@
+"""python -m barlow.stages.pretrain RUN_FOLDER: Barlow Twins pretraining, as every rank runs it.
+
+Takes the config from the run folder, starts from its newest good checkpoint if there is one, and leaves results.json."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow import dist
+from barlow.config import Pretrain
+from barlow.data import order
+from barlow.data.loader import Batch, Loader
+from barlow.data.shards import Index, read_index
+from barlow.data.views import pair
+from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
+from barlow.engine.loop import Plan, fit
+from barlow.engine.preempt import StopRequest
+from barlow.engine.record import Recorder
+from barlow.engine.run import load_config, read_status, write_json, write_status
+from barlow.errors import Preempted, UserError
+from barlow.models import backbone as backbones
+from barlow.models.norm import synchronise
+from barlow.objectives.barlow_twins import BarlowTwins
+from barlow.optim import schedule
+from barlow.optim.groups import weights_and_biases
+from barlow.optim.lars import Lars
+from barlow.stages import knn
+
+
+def main(run_folder: str) -> None:
+    folder = Path(run_folder)
+    config = load_config(folder, Pretrain)
+    device = choose_device(config.device)
+    dist.init(device)
+    stop = StopRequest()
+    index = read_index(config.data.dir)
+    loader = Loader(index, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
+    plan = plan_of(config, len(loader))
+
+    objective = build(config, device)
+    if config.model.init:
+        start_from(objective, config.model.init)
+    model = distribute(objective, device)
+    optimizer = Lars(
+        weights_and_biases(objective), config.optim.momentum, config.optim.weight_decay, config.optim.eta, config.optim.clip
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    start, told = restore(checkpoints, objective, optimizer)
+    recorder = Recorder(folder, dist.rank(), plan.steps, start)
+    for line in (*told, describe(config, plan, objective, device, start)):
+        recorder.say(line)
+    if dist.rank() == 0:
+        attempts = read_status(folder).get("attempts", 0) + 1
+        write_status(folder, state="running", step=start, steps=plan.steps, attempts=attempts, why="")
+
+    def rates(at: int) -> tuple[float, float]:
+        return schedule.rates(config.optim, config.batch_size, plan.steps_per_epoch, plan.steps, at)
+
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    normal = (index.mean, index.std)
+
+    def step(batch: Batch, at: int) -> tuple[Tensor, dict[str, Tensor]]:
+        images, ids = batch.images.to(device, non_blocking=True), batch.ids.to(device, non_blocking=True)
+        views = pair(images, ids, config.views, config.seed, at // plan.steps_per_epoch, *normal)
+        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+            return model([view.to(memory_format=memory_format(device)) for view in views])
+
+    def state() -> dict[str, Any]:
+        return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config)}
+
+    def evaluate() -> Iterator[tuple[str, float]]:
+        return knn.evaluate(objective.backbone, index, config.knn, config.views.size, device, config.data.workers)
+
+    positions = order.positions(
+        config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
+    )
+    try:
+        fit(step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, stop, evaluate)
+        results = dict(evaluate()) if config.knn.every_epochs else {}
+        if config.knn.baselines:
+            untrained = build(config, device).backbone
+            results |= knn.baselines(untrained, index, config.knn, config.views.size, device, config.data.workers)
+        if dist.rank() == 0:
+            write_json(folder / "results.json", {"steps": plan.steps, **results})
+            write_status(folder, state="finished", step=plan.steps, why="")
+        recorder.say(f"finished {plan.steps} steps" + "".join(f"  {name} {value:.2f}" for name, value in results.items()))
+    except Preempted as told_to_stop:
+        if dist.rank() == 0:
+            write_status(folder, state="preempted", step=told_to_stop.step, why=str(told_to_stop))
+        recorder.say(f"stopped: {told_to_stop}")
+        raise
+    finally:
+        checkpoints.wait()  # whatever ends the run, a save under way is finished first
+        recorder.close()
+    dist.shutdown()
+
+
+def choose_device(asked: str) -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; give --device cpu or auto")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", dist.local_rank())
+
+
+def plan_of(config: Pretrain, count: int) -> Plan:
+    per_epoch = order.steps_per_epoch(count, config.batch_size)
+    steps = config.epochs * per_epoch
+    evaluate_every = config.knn.every_epochs * per_epoch
+    return Plan(steps, per_epoch, config.batch_size, config.log_every, config.checkpoint.every_steps, evaluate_every)
+
+
+def build(config: Pretrain, device: torch.device) -> BarlowTwins:
+    """The network and its objective, initialised by the seed alone."""
+    torch.manual_seed(config.seed)
+    objective = BarlowTwins(backbones.build(config.model), config.objective, config.model.projector)
+    return objective.to(device, memory_format=memory_format(device))
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
+    """The module to call in training: itself when alone, under DistributedDataParallel otherwise."""
+    if dist.world_size() == 1:
+        return objective
+    synchronise(objective)
+    # DDP regroups its gradient buckets after the first step unless it looks for unused parameters. A ring's order of
+    # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in the last bit.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return DistributedDataParallel(
+        objective,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+        gradient_as_bucket_view=True,
+    )
+
+
+def start_from(objective: BarlowTwins, where: str) -> None:
+    """Begin with another run's weights; the optimizer and the steps are this run's own."""
+    path = find(where)
+    load_weights(objective, load(path)["model"], str(path))
+
+
+def restore(checkpoints: Checkpoints, objective: BarlowTwins, optimizer: Lars) -> tuple[int, list[str]]:
+    """Go on from the newest checkpoint that verifies; rank 0 chooses it for all. First start: from the seed."""
+    path, told = dist.broadcast(checkpoints.newest() if dist.rank() == 0 else None)
+    if path is None:
+        return 0, told
+    stored = load(path)
+    load_weights(objective, stored["model"], str(path))
+    optimizer.load_state_dict(stored["optimizer"])
+    return stored["step"], [*told, f"going on from {path.name}"]
+
+
+def describe(config: Pretrain, plan: Plan, objective: nn.Module, device: torch.device, start: int) -> str:
+    """The first line of a log: all that follows from the world size is in it."""
+    millions = sum(p.numel() for p in objective.parameters()) / 1e6
+    world = dist.world_size()
+    peak, _ = schedule.peaks(config.optim, config.batch_size)
+    return (
+        f"{config.model.backbone} ({config.model.stem} stem, {millions:.1f} M parameters) on {world} x {device.type}: "
+        f"batch {config.batch_size} = {world} x {config.batch_size // world}, peak lr {peak:.4g}, "
+        f"steps {start} to {plan.steps} ({plan.steps_per_epoch} an epoch), {torch.get_num_threads()} threads a rank"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,60 @@
+"""python launchers/pretrain.py [RECIPE] [--nodes N] [--cluster auto|slurm|local] [--run NAME] [--dry-run] [--follow]
+
+Pretrains a backbone without labels: here, or on N nodes of a SLURM cluster. The same command again goes on with the run.
+Without a recipe: the embedded `shapes` set, about two minutes on two cores. --help lists every flag."""
+
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from barlow import cli
+from barlow.config import Data, Pretrain
+from barlow.data import order
+from barlow.data.shards import read_index
+from barlow.engine.run import folder_of, prepare, refuse_other_config
+from barlow.errors import one_line_errors
+from barlow.recipes import PRETRAIN
+from slurm import submit
+from slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE = "barlow.stages.pretrain"
+
+
+def main(argv: list[str]) -> int:
+    recipe, config, cluster = cli.parse(argv, PRETRAIN, Cluster, "launchers/pretrain.py", __doc__ or "")
+    data = replace(config.data, dir=str(Path(config.data.dir).expanduser().resolve()))
+    config = replace(config, run=config.run or recipe, data=data)
+    folder = folder_of(config)
+    if cluster.dry_run:
+        return submit.launch(STAGE, folder, cluster)
+    ranks = submit.check(cluster)
+    refuse_other_config(config)
+    make_shards(config.data)
+    check(config, ranks)
+    prepare(config, shlex.join(["python", "launchers/pretrain.py", *argv]), ROOT)
+    return submit.launch(STAGE, folder, cluster)
+
+
+def check(config: Pretrain, ranks: int) -> None:
+    """What can be known to fail before a job is asked for."""
+    index = read_index(config.data.dir)
+    count = sum(index.split(name).count for name in config.data.splits)
+    order.steps_per_epoch(count, config.batch_size)
+    order.share(config.batch_size, ranks)
+
+
+def make_shards(data: Data) -> None:
+    """Write the shards first where the recipe says what of, and the folder has none yet."""
+    if data.source and not (Path(data.dir) / "index.json").exists():
+        command = [sys.executable, str(ROOT / "launchers" / "shards.py"), data.source, data.dir]
+        made = subprocess.run(command)
+        if made.returncode:
+            raise SystemExit(made.returncode)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# ./setup.sh [test]: makes .venv with everything Barlow needs; with `test` also what its tests need, SLURM included.
+# Takes about two minutes on a fresh machine, nothing the second time. Installs system packages only as root on Debian or
+# Ubuntu; otherwise it prints the line to run.
+set -euo pipefail
+cd "$(dirname "$0")"
+what=${1:-run}
+python=${PYTHON:-python3}
+ready=.venv/.ready-$what
+stamp=$("$python" -V 2>&1; cat pyproject.toml setup.sh)
+if [ -f "$ready" ] && [ "$(cat "$ready")" = "$stamp" ]; then exit 0; fi
+
+missing=()
+need() { missing+=("$@"); }                            # Debian packages for what a probe does not find
+pkg-config --exists opencv4 libturbojpeg 2>/dev/null || need libopencv-dev libturbojpeg0-dev pkg-config
+command -v g++ >/dev/null || need g++
+"$python" -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null || need python3-dev
+command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
+if [ "$what" = test ]; then
+    for program in slurmctld slurmd sbatch; do command -v $program >/dev/null || [ -x /usr/sbin/$program ] || { need slurm-wlm; break; }; done
+    command -v munged >/dev/null || [ -x /usr/sbin/munged ] || need munge
+fi
+
+system_packages() {
+    [ ${#missing[@]} -gt 0 ] || return 0
+    line="apt-get install -y --no-install-recommends ${missing[*]}"
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "error: system packages are missing; run: sudo $line   (or use environment.yml, which needs no root)" >&2
+        return 2
+    fi
+    echo "installing ${missing[*]}"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive $line -qq >.venv-apt.log 2>&1 || { tail -20 .venv-apt.log >&2; return 1; }
+    rm -f .venv-apt.log
+}
+
+# The system's packages and Python's download side by side, unless the venv itself waits for the former.
+case " ${missing[*]:-} " in
+    *" python3-venv "*|*" python3-dev "*) system_packages; missing=(); apt= ;;
+    *) system_packages & apt=$! ;;
+esac
+
+if command -v uv >/dev/null; then
+    uv=uv
+    [ -x .venv/bin/python ] || uv venv -q --python "$python" .venv
+else
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    .venv/bin/python -m pip install -q uv
+    uv=.venv/bin/uv
+fi
+install() { "$uv" pip install -q --python .venv/bin/python "$@"; }
+echo "installing Python packages into .venv"
+install 'torch>=2.9' torchvision timm numba opencv-python       # the large ones, while the system's packages arrive
+if [ -n "$apt" ]; then wait "$apt"; fi
+if [ "$what" = test ]; then install -e '.[dev]'; else install -e .; fi
+.venv/bin/python -c 'import ffcv, torch'
+printf '%s' "$stamp" >"$ready"
+[ "$what" = test ] && printf '%s' "$stamp" >.venv/.ready-run
+echo "ready: .venv"

@@ -1,0 +1,71 @@
+"""The house keeps its arrows: which room may import which, and how large a file may grow."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EVERYWHERE = {"barlow.config", "barlow.errors", "barlow.dist"}
+MAY = {
+    "launchers": {"barlow.cli", "barlow.recipes", "barlow.stages", "barlow.data", "barlow.engine.run", "slurm"},
+    "barlow/recipes": set(),
+    "barlow/stages": {"barlow.engine", "barlow.objectives", "barlow.models", "barlow.data", "barlow.optim", "barlow.viz"},
+    "barlow/engine": {"barlow.optim"},
+    "barlow/objectives": {"barlow.models"},
+    "barlow/models": set(),
+    "barlow/data": {"barlow.kernels"},
+    "barlow/optim": {"barlow.kernels"},
+    "barlow/cli.py": set(),
+    "barlow/config.py": set(),
+    "barlow/dist.py": set(),
+    "barlow/errors.py": set(),
+}
+FILES = [path for room in ("barlow", "slurm", "launchers", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    here = path.relative_to(ROOT)
+    ours = {name for name in imports(path) if name.split(".")[0] in ("barlow", "slurm", "launchers", "benchmarks", "tests")}
+    assert not {name for name in ours if name.split(".")[0] in ("tests", "launchers")}
+    if here.parts[0] == "benchmarks":
+        return
+    assert not {name for name in ours if name.split(".")[0] == "benchmarks"}
+    if here.parts[0] == "slurm":
+        assert not {name for name in ours if not within(name, {"slurm", "barlow.errors"})}
+        roots = {name.split(".")[0] for name in imports(path)} - {"slurm", "barlow"}
+        assert roots <= set(sys.stdlib_module_names) | {"submitit", "tomli"}, roots
+        return
+    room = max((room for room in MAY if within(".".join(here.with_suffix("").parts), {room.removesuffix(".py").replace("/", ".")})),
+               key=len, default=None)  # fmt: skip
+    if room is None:
+        assert here.name == "__init__.py"
+        assert not ours
+        return
+    own = room.removesuffix(".py").replace("/", ".")
+    wrong = {name for name in ours if not within(name, EVERYWHERE | MAY[room] | {own})}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_stays_one_idea(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350
