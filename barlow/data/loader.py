@@ -1,0 +1,141 @@
+"""From shards to batches: positions go in, decoded images come out, a few batches ahead of whoever consumes them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from barlow.data.decode import Samples, compile_decode, map_file, read_samples
+from barlow.data.shards import Index
+
+AHEAD = 3
+"""Batches in the making while the consumer works on another."""
+
+
+class DecodeError(RuntimeError):
+    """An image that cannot be decoded; names its shard and its sample."""
+
+
+class Batch(NamedTuple):
+    images: Tensor  # uint8 [n, size, size, 3]
+    labels: Tensor  # int64 [n], -1 where missing
+    ids: Tensor  # int64 [n]
+
+
+class Started(NamedTuple):
+    """A batch that the decoding threads are filling, each its part."""
+
+    batch: Batch
+    parts: list[Future[int]]
+
+
+class Loader:
+    """The samples of some splits in a row, split after split and shard after shard; a position is a place in that row.
+
+    All but the pixels is read and checked here: a shard that is cut short or is not the one the index speaks of is a
+    UserError before anything expensive starts.
+    """
+
+    def __init__(self, index: Index, splits: Sequence[str], *, workers: int = 0, pin: bool = False) -> None:
+        self.size = index.size
+        self.workers = workers or share_of_cores()
+        self.pin = pin
+        self.shards = [shard for split in splits for shard in index.split(split).files]
+        self.ends = np.cumsum([shard.count for shard in self.shards])  # the position after each shard's last
+        self.files = [map_file(shard.path) for shard in self.shards]
+        read = [
+            read_samples(file, shard.path, shard.count, shard.first_id, index.size)
+            for shard, file in zip(self.shards, self.files, strict=True)
+        ]
+        self.samples = Samples(*(np.concatenate(columns) for columns in zip(*read, strict=True)))
+        self.decode = compile_decode()
+
+    def __len__(self) -> int:
+        return len(self.samples.ids)
+
+    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[Batch]:
+        """A batch for each array of positions, in memory of its own.
+
+        What goes wrong in the background (an image, the positions) is raised here, after the batches before it. Closing
+        this iterator, early or not, ends what works for it.
+        """
+        started: SimpleQueue[Started | BaseException | None] = SimpleQueue()
+        room = threading.Semaphore(AHEAD)
+        closed = threading.Event()
+
+        def produce() -> None:
+            try:
+                for wanted in positions:
+                    room.acquire()
+                    if closed.is_set():
+                        return
+                    started.put(self._start(wanted))
+                started.put(None)
+            except BaseException as error:  # of any kind, or the consumer would wait for ever
+                started.put(error)
+
+        producer = threading.Thread(target=produce, name="batches", daemon=True)
+        producer.start()
+        try:
+            while (item := started.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                self._finish(item)
+                room.release()
+                yield item.batch
+        finally:
+            closed.set()
+            room.release()
+            producer.join()
+            while not started.empty():
+                if isinstance(unwanted := started.get(), Started):
+                    for part in unwanted.parts:
+                        part.cancel()
+
+    def _start(self, positions: np.ndarray) -> Started:
+        n = len(positions)
+        images = torch.empty((n, self.size, self.size, 3), dtype=torch.uint8, pin_memory=self.pin)
+        labels, ids = (torch.from_numpy(column[positions]) for column in (self.samples.labels, self.samples.ids))
+        if self.pin:
+            labels, ids = labels.pin_memory(), ids.pin_memory()
+        parts = zip(
+            np.array_split(positions, self.workers),
+            np.array_split(images.numpy(), self.workers),
+            strict=True,
+        )
+        threads = decoding_threads(self.workers)
+        return Started(Batch(images, labels, ids), [threads.submit(self._decode, *part) for part in parts])
+
+    def _decode(self, positions: np.ndarray, images: np.ndarray) -> int:
+        """Fills `images`; the first position whose image fails, or -1."""
+        samples = self.samples
+        failed = self.decode(samples.addresses[positions], samples.sizes[positions], samples.modes[positions], images)
+        return -1 if failed < 0 else int(positions[failed])
+
+    def _finish(self, started: Started) -> None:
+        for part in started.parts:
+            position = part.result()
+            if position >= 0:
+                shard = self.shards[np.searchsorted(self.ends, position, side="right")]
+                what = f"{shard.path}: the image of sample {self.samples.ids[position]} cannot be decoded"
+                raise DecodeError(f"{what}: launchers/shards.py --verify says whether the file is what was written")
+
+
+def share_of_cores() -> int:
+    """The cores this process may use, divided among the ranks of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@functools.cache
+def decoding_threads(workers: int) -> ThreadPoolExecutor:
+    """One pool for the whole process: each thread that ends would leave 10 KB of FFCV's decoder behind."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="decode")

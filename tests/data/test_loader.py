@@ -1,0 +1,405 @@
+"""The loader against the arrays that were written and against FFCV's own Loader; what it does with broken files and early ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from barlow.data.loader import AHEAD, Batch, DecodeError, Loader, share_of_cores
+from barlow.data.shards import Index, Shard, Split
+from barlow.errors import UserError
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads_of_torch() -> Iterator[None]:
+    """FFCV's package, which writes the files here, sets torch's thread count on import."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Folder:
+    index: Index
+    images: np.ndarray  # [n, SIZE, SIZE, 3], as given to the writer
+    labels: np.ndarray
+    ids: np.ndarray
+
+
+def write(folder: Path, counts: dict[str, Sequence[int]], mode: str) -> Folder:
+    """Splits of shards of that many samples each, written by FFCV. `mode` is FFCV's: raw or jpg."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    total = sum(map(sum, counts.values()))
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (total, 8, 8, 3), dtype=np.uint8)
+    images = np.stack([cv2.resize(image, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC) for image in coarse])
+    labels = rng.integers(-1, 10, total)
+    first = 0
+    splits = {}
+    for name, shards in counts.items():
+        files = []
+        for i, count in enumerate(shards):
+            path = folder / f"{name}-{i:04d}-of-{len(shards):04d}.beton"
+            fields = {"image": RGBImageField(mode, jpeg_quality=95), "label": IntField(), "id": IntField()}
+            samples = [(images[k], labels[k], k) for k in range(first, first + count)]
+            DatasetWriter(str(path), fields, num_workers=2).from_indexed_dataset(samples, chunksize=7)
+            files.append(Shard(path, count, first, path.stat().st_size, ""))
+            first += count
+        splits[name] = Split(name, sum(shards), files[0].first_id, 0, tuple(files), folder / f"{name}.names.txt")
+    encoding = "raw" if mode == "raw" else "jpeg95"
+    index = Index(folder, "test", SIZE, encoding, ("a",), (0.5,) * 3, (0.2,) * 3, splits)
+    return Folder(index, images, labels, np.arange(total))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return write(tmp_path_factory.mktemp("raw"), {"unlabeled": [40, 23, 1], "train": [30], "val": [9, 10]}, "raw")
+
+
+@pytest.fixture(scope="module")
+def jpeg(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return write(tmp_path_factory.mktemp("jpeg"), {"train": [90], "val": [30, 30]}, "jpg")
+
+
+def one_shard(folder: Folder, tmp_path: Path, change: Callable[[bytearray], None]) -> Index:
+    """The first train shard alone, its bytes changed."""
+    shard = folder.index.split("train").files[0]
+    content = bytearray(shard.path.read_bytes())
+    change(content)
+    path = tmp_path / "broken.beton"
+    path.write_bytes(content)
+    split = replace(folder.index.split("train"), files=(replace(shard, path=path),))
+    return replace(folder.index, splits={"train": split})
+
+
+def of_ffcv(path: Path) -> np.ndarray:
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.loader import Loader as FfcvLoader
+
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": None, "id": None}
+    loader = FfcvLoader(str(path), batch_size=15, num_workers=1, pipelines=pipelines, drop_last=False)
+    return np.concatenate([images.copy() for (images,) in loader])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_pixel_label_and_id_of_any_order_over_shards_and_splits(raw: Folder, workers: int) -> None:
+    loader = Loader(raw.index, ["val", "unlabeled"], workers=workers)  # not the order of the folder
+    assert len(loader) == 19 + 64
+    row = np.concatenate([np.arange(94, 113), np.arange(0, 64)])  # sample id at each position
+    rng = np.random.default_rng(1)
+    wanted = [rng.permutation(len(loader))[:20], rng.integers(0, len(loader), 33), np.zeros(4, np.int64), np.array([82])]
+    batches = list(loader.batches(wanted))
+    assert [len(batch.ids) for batch in batches] == [20, 33, 4, 1]
+    for positions, batch in zip(wanted, batches, strict=True):
+        np.testing.assert_array_equal(batch.ids, row[positions])
+        np.testing.assert_array_equal(batch.images, raw.images[row[positions]])
+        np.testing.assert_array_equal(batch.labels, raw.labels[row[positions]])
+        assert (batch.images.dtype, batch.labels.dtype, batch.ids.dtype) == (torch.uint8, torch.int64, torch.int64)
+
+
+def test_jpeg_is_bit_for_bit_what_ffcv_gives(jpeg: Folder) -> None:
+    files = [*jpeg.index.split("train").files, *jpeg.index.split("val").files]
+    reference = np.concatenate([of_ffcv(shard.path) for shard in files])
+    assert 0 < np.abs(reference.astype(int) - jpeg.images).mean() < 10  # really a JPEG of these images
+    loader = Loader(jpeg.index, ["train", "val"], workers=2)
+    order = np.random.default_rng(2).permutation(150)
+    for positions, batch in zip(np.split(order, 5), loader.batches(np.split(order, 5)), strict=True):
+        np.testing.assert_array_equal(batch.images, reference[positions])
+        np.testing.assert_array_equal(batch.ids, positions)
+
+
+def test_a_stream_may_start_anywhere(jpeg: Folder) -> None:
+    loader = Loader(jpeg.index, ["train"], workers=2)
+    steps = np.split(np.random.default_rng(3).permutation(90), 9)
+    whole = list(loader.batches(iter(steps)))
+    for start in (1, 5, 8):
+        for expected, batch in zip(whole[start:], loader.batches(iter(steps[start:])), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, batch, strict=True))
+
+
+def test_a_batch_is_never_written_to_again(raw: Folder) -> None:
+    loader = Loader(raw.index, ["train"], workers=2)
+    kept: list[Batch] = []
+    for i, batch in enumerate(loader.batches(np.full(16, k % 30) for k in range(40))):
+        if i % 4 == 0:
+            kept.append(batch)
+    assert len({batch.images.data_ptr() for batch in kept}) == len(kept)
+    for i, batch in enumerate(kept):
+        np.testing.assert_array_equal(batch.images, raw.images[np.full(16, 64 + i * 4 % 30)])
+        batch.images.zero_()  # and it is the consumer's: the file behind it is not
+        batch.labels.zero_()
+    again = next(loader.batches([np.arange(30)]))
+    np.testing.assert_array_equal(again.images, raw.images[64:94])
+    np.testing.assert_array_equal(again.labels, raw.labels[64:94])
+
+
+def test_two_loaders_at_the_same_time(raw: Folder, jpeg: Folder) -> None:
+    one, two = Loader(raw.index, ["train"], workers=2), Loader(jpeg.index, ["train"], workers=1)
+    alone = [batch.images for batch in two.batches(np.split(np.arange(90), 6))]
+    pairs = zip(one.batches(np.split(np.arange(30), 6)), two.batches(np.split(np.arange(90), 6)), strict=True)
+    for i, (a, b) in enumerate(pairs):
+        np.testing.assert_array_equal(a.images, raw.images[64 + 5 * i : 69 + 5 * i])
+        assert torch.equal(b.images, alone[i])
+
+
+def test_only_a_few_batches_are_made_ahead(raw: Folder) -> None:
+    asked: list[int] = []
+
+    def positions() -> Iterator[np.ndarray]:
+        for k in range(50):
+            asked.append(k)
+            yield np.arange(4)
+
+    stream = Loader(raw.index, ["train"], workers=1).batches(positions())
+    for _ in range(5):
+        next(stream)
+    time.sleep(0.2)
+    assert 5 + AHEAD <= len(asked) <= 5 + AHEAD + 1
+    stream.close()  # type: ignore[attr-defined]
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "raise"])
+def test_ending_early_stops_the_threads_and_frees_the_memory(raw: Folder, end: str) -> None:
+    loader = Loader(raw.index, ["unlabeled"], workers=2)
+
+    def use() -> None:
+        stream = loader.batches(np.arange(4096) % 64 for _ in iter(int, 1))  # endless; 12 MB a batch
+        next(stream)
+        if end == "close":
+            stream.close()  # type: ignore[attr-defined]
+        elif end == "raise":
+            for _ in stream:
+                raise KeyError
+
+    def repeat(times: int) -> tuple[int, int]:
+        for _ in range(times):
+            try:
+                use()
+            except KeyError:
+                pass
+        gc.collect()
+        return threading.active_count(), resident()
+
+    threads, memory = repeat(5)
+    threads_after, memory_after = repeat(30)
+    assert threads_after == threads
+    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    assert memory_after - memory < 100e6  # eight batches; leaking one a time would be 380 MB
+
+
+def test_what_fails_in_the_background_is_raised_after_the_good_batches(raw: Folder) -> None:
+    def positions() -> Iterator[np.ndarray]:
+        yield np.arange(8)
+        yield np.arange(8, 16)
+        raise ZeroDivisionError("in the order")
+
+    loader = Loader(raw.index, ["train"], workers=2)
+    seen = []
+    with pytest.raises(ZeroDivisionError, match="in the order"):
+        for batch in loader.batches(positions()):
+            seen.append(batch.ids.tolist())
+    assert seen == [list(range(64, 72)), list(range(72, 80))]
+    with pytest.raises(IndexError):
+        next(loader.batches([np.array([30])]))
+
+
+def scribble(content: bytearray, index: int, change: Callable[[np.ndarray], None]) -> None:
+    """Changes the image data of one sample in the bytes of a shard."""
+    from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
+
+    header = np.frombuffer(content, HeaderType, 1)[0]
+    table = np.frombuffer(content, ALLOC_TABLE_TYPE, offset=int(header["alloc_table_ptr"]))
+    place = table[table["sample_id"] == index][0]
+    start, size = int(place["ptr"]), int(place["size"])
+    change(np.frombuffer(content, np.uint8)[start : start + size])
+
+
+def cut_off(data: np.ndarray) -> None:
+    data[len(data) // 2 :] = 0
+
+
+def not_jpeg(data: np.ndarray) -> None:
+    data[:] = 7
+
+
+def other_size(data: np.ndarray) -> None:
+    """Smaller, and a whole JPEG: the decoder itself would leave the rest of the picture as it was."""
+    small = cv2.imencode(".jpg", np.zeros((SIZE // 2, SIZE // 2, 3), np.uint8))[1].reshape(-1)
+    assert len(small) < len(data)
+    data[: len(small)] = small
+
+
+def much_larger(data: np.ndarray) -> None:
+    at = data.tobytes().index(b"\xff\xc0")
+    data[at + 5 : at + 9] = 255
+
+
+@pytest.mark.parametrize("change", [cut_off, not_jpeg, other_size, much_larger])
+def test_a_broken_image_is_an_error_that_names_shard_and_sample(
+    jpeg: Folder, tmp_path: Path, change: Callable[[np.ndarray], None]
+) -> None:
+    index = one_shard(jpeg, tmp_path, lambda content: scribble(content, 41, change))
+    seen = []
+    with pytest.raises(DecodeError, match=r"broken\.beton: the image of sample 41 cannot"):
+        for batch in Loader(index, ["train"], workers=2).batches(np.split(np.arange(90), 9)):
+            seen.append(batch.ids.tolist())
+    assert seen == np.arange(40).reshape(4, 10).tolist()
+
+
+def test_the_named_shard_and_sample_are_right_in_a_row_of_several(jpeg: Folder, tmp_path: Path) -> None:
+    first, second = jpeg.index.split("val").files
+    content = bytearray(second.path.read_bytes())
+    scribble(content, 0, not_jpeg)
+    broken = tmp_path / second.path.name
+    broken.write_bytes(content)
+    split = replace(jpeg.index.split("val"), files=(first, replace(second, path=broken)))
+    loader = Loader(replace(jpeg.index, splits=jpeg.index.splits | {"val": split}), ["val", "train"], workers=1)
+    assert next(loader.batches([np.r_[0:30, 31:150]])).ids.tolist() == [*range(90, 120), *range(121, 150), *range(90)]
+    with pytest.raises(DecodeError, match=f"{second.path.name}: the image of sample 120 cannot"):
+        next(loader.batches([np.arange(30, 20, -1)]))
+
+
+def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=40, cwd=Path(__file__).parents[2])
+
+
+IN_A_PROCESS = """
+import sys, pathlib, numba, numpy as np, torch
+torch.set_num_threads(3)
+numba.set_num_threads(2)
+from barlow.data.loader import Loader
+from barlow.data.shards import Index, Shard, Split
+path = pathlib.Path(sys.argv[1])
+split = Split("train", 90, 0, 0, (Shard(path, 90, 0, path.stat().st_size, ""),), path)
+loader = Loader(Index(path.parent, "", 32, "jpeg95", (), (), (), {"train": split}), ["train"], workers=4)
+stream = loader.batches([np.arange(90)] * 50)
+next(stream)
+assert torch.get_num_threads() == 3 and numba.get_num_threads() == 2
+assert "ffcv" not in sys.modules
+print("left open")
+"""
+
+
+def test_a_process_keeps_its_thread_counts_and_ends_with_a_stream_left_open(jpeg: Folder) -> None:
+    environment = os.environ.get("NUMBA_NUM_THREADS", "")
+    if environment == "1" or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("numba has one thread only here")
+    done = run_python(IN_A_PROCESS, jpeg.index.split("train").files[0].path)
+    assert (done.returncode, done.stdout) == (0, "left open\n"), done.stderr
+
+
+def test_a_process_whose_image_is_broken_ends_at_once(jpeg: Folder, tmp_path: Path) -> None:
+    index = one_shard(jpeg, tmp_path, lambda content: scribble(content, 89, cut_off))
+    done = run_python(IN_A_PROCESS, index.split("train").files[0].path)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().splitlines()[-1].startswith("barlow.data.loader.DecodeError: ")
+    assert "broken.beton: the image of sample 89 cannot" in done.stderr
+
+
+@pytest.mark.parametrize("left", [0, 10, 1000, 3200, 5000, 8_390_000, -24, -1])
+def test_a_shard_cut_short_is_refused(raw: Folder, tmp_path: Path, left: int) -> None:
+    """In the header, the fields, the samples, the padding, the data, the table of places. read_index would say so before."""
+
+    def cut(content: bytearray) -> None:
+        del content[left:]
+
+    with pytest.raises(UserError, match=r"broken\.beton: "):
+        Loader(one_shard(raw, tmp_path, cut), ["train"])
+
+
+def test_a_shard_whose_writer_was_interrupted_is_refused(raw: Folder, tmp_path: Path) -> None:
+    def unfinished(content: bytearray) -> None:
+        content[16:24] = bytes(8)  # FFCV writes the place of the last table last of all
+
+    with pytest.raises(UserError, match=r"broken\.beton: the shard was not written to its end"):
+        Loader(one_shard(raw, tmp_path, unfinished), ["train"])
+
+
+@pytest.mark.parametrize("field", ["ptr", "size"])
+@pytest.mark.parametrize("value", [0, 1 << 40, (1 << 64) - 8])
+def test_no_damage_to_the_tables_leads_outside_the_file(raw: Folder, tmp_path: Path, field: str, value: int) -> None:
+    from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
+
+    def damage(content: bytearray) -> None:
+        table_start = int(np.frombuffer(content, HeaderType, 1)[0]["alloc_table_ptr"])
+        np.frombuffer(content, ALLOC_TABLE_TYPE, offset=table_start)[field][3] = value
+
+    with pytest.raises(UserError, match=r"broken\.beton: "):
+        Loader(one_shard(raw, tmp_path, damage), ["train"])
+
+
+def test_what_is_not_the_shard_of_the_index_is_refused(raw: Folder, jpeg: Folder, tmp_path: Path) -> None:
+    def nothing(content: bytearray) -> None:
+        pass
+
+    train = one_shard(raw, tmp_path, nothing)
+    shard = train.split("train").files[0]
+
+    def expect(what: str, changed: Shard, size: int = SIZE) -> None:
+        splits = {"train": replace(train.split("train"), files=(changed,))}
+        with pytest.raises(UserError, match=what):
+            Loader(replace(train, splits=splits, size=size), ["train"])
+
+    expect("holds 30 samples, not 31", replace(shard, count=31))
+    expect("holds other samples", replace(shard, first_id=0))
+    expect("images are not 48 x 48", shard, size=48)
+    expect("gone.beton: cannot be read", replace(shard, path=tmp_path / "gone.beton"))
+    (tmp_path / "text.beton").write_text("not a shard " * 1000)
+    expect("not a shard of this project", replace(shard, path=tmp_path / "text.beton"))
+    with pytest.raises(UserError, match="no split 'test'"):
+        Loader(train, ["test"])
+
+
+def test_many_threads_ask_for_batches(jpeg: Folder) -> None:
+    loader = Loader(jpeg.index, ["train", "val"], workers=2)
+    whole = next(loader.batches([np.arange(150)])).images
+
+    def ask(seed: int) -> bool:
+        order = np.random.default_rng(seed).permutation(150)
+        batches = loader.batches(np.split(order, 10))
+        return torch.equal(torch.cat([batch.images for batch in batches]), whole[order])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(16)))
+
+
+def test_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert share_of_cores() == 12
+    for ranks, share in {"1": 12, "5": 2, "12": 1, "64": 1}.items():
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert share_of_cores() == share
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_pinned_batches(jpeg: Folder) -> None:
+    plain, pinned = (Loader(jpeg.index, ["train"], workers=2, pin=pin) for pin in (False, True))
+    steps = np.split(np.arange(90), 9) * 5
+    for expected, batch in zip(plain.batches(steps), pinned.batches(steps), strict=True):
+        for a, b in zip(expected, batch, strict=True):
+            assert b.is_pinned()
+            assert torch.equal(b.to("cuda", non_blocking=True).cpu(), a)
