@@ -15,29 +15,31 @@ need() { missing+=("$@"); }                            # Debian packages for wha
 pkg-config --exists opencv4 libturbojpeg 2>/dev/null || need libopencv-dev libturbojpeg0-dev pkg-config
 command -v g++ >/dev/null || need g++
 "$python" -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null || need python3-dev
-command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv
+first=()
+command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || first=(python3-venv)
 if [ "$what" = test ]; then
     for program in slurmctld slurmd sbatch; do command -v $program >/dev/null || [ -x /usr/sbin/$program ] || { need slurm-wlm; break; }; done
     command -v munged >/dev/null || [ -x /usr/sbin/munged ] || need munge
 fi
 
 system_packages() {
-    [ ${#missing[@]} -gt 0 ] || return 0
-    line="apt-get install -y --no-install-recommends ${missing[*]}"
-    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "error: system packages are missing; run: sudo $line   (or use environment.yml, which needs no root)" >&2
-        return 2
-    fi
-    echo "installing ${missing[*]}"
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive $line -qq >.venv-apt.log 2>&1 || { tail -20 .venv-apt.log >&2; return 1; }
-    rm -f .venv-apt.log
+    [ $# -gt 0 ] || return 0
+    echo "installing $*"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >"$log" 2>&1 || { tail -20 "$log" >&2; return 1; }
 }
 
-# The system's packages and Python's download side by side, unless the venv itself waits for the former.
-case " ${missing[*]:-} " in
-    *" python3-venv "*|*" python3-dev "*) system_packages; missing=(); apt= ;;
-    *) system_packages & apt=$! ;;
-esac
+if [ ${#first[@]} -gt 0 ] || [ ${#missing[@]} -gt 0 ]; then
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "error: system packages are missing; run: sudo apt-get install -y --no-install-recommends ${first[*]:-} ${missing[*]:-}" \
+            "  (environment.yml needs no root)" >&2
+        exit 2
+    fi
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    apt-get update -qq
+fi
+system_packages "${first[@]}"
+system_packages "${missing[@]}" & apt=$!               # side by side with Python's packages
 
 if command -v uv >/dev/null; then
     uv=uv
@@ -50,7 +52,7 @@ fi
 install() { "$uv" pip install -q --python .venv/bin/python "$@"; }
 echo "installing Python packages into .venv"
 install 'torch>=2.9' torchvision timm numba opencv-python       # the large ones, while the system's packages arrive
-if [ -n "$apt" ]; then wait "$apt"; fi
+wait "$apt"
 if [ "$what" = test ]; then install -e '.[dev]'; else install -e .; fi
 .venv/bin/python -c 'import ffcv, torch'
 printf '%s' "$stamp" >"$ready"
