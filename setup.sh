@@ -16,7 +16,7 @@ pkg-config --exists opencv4 libturbojpeg 2>/dev/null || need libopencv-dev libtu
 command -v g++ >/dev/null || need g++
 "$python" -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_paths()["include"] + "/Python.h")' 2>/dev/null || need python3-dev
 first=()
-command -v uv >/dev/null || "$python" -c 'import ensurepip, venv' 2>/dev/null || first=(python3-venv)
+uv --version >/dev/null 2>&1 || "$python" -c 'import ensurepip, venv' 2>/dev/null || first=(python3-venv)
 if [ "$what" = test ]; then
     for program in slurmctld slurmd sbatch; do command -v $program >/dev/null || [ -x /usr/sbin/$program ] || { need slurm-wlm; break; }; done
     command -v munged >/dev/null || [ -x /usr/sbin/munged ] || need munge
@@ -41,7 +41,7 @@ fi
 system_packages "${first[@]}"
 system_packages "${missing[@]}" & apt=$!               # side by side with Python's packages
 
-if command -v uv >/dev/null; then
+if uv --version >/dev/null 2>&1; then
     uv=uv
     [ -x .venv/bin/python ] || uv venv -q --python "$python" .venv
 else
