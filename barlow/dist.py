@@ -1,0 +1,183 @@
+"""Ranks: the process group, and the reductions that autograd understands. Alone there is no group, and no cost.
+
+The convention of the whole project: every rank computes the loss of the *global* batch, the same number everywhere, and
+DistributedDataParallel averages the parameters' gradients over the ranks. Through these reductions autograd on each
+rank differentiates the sum of all W ranks' (equal) losses, which is W times the loss; the average takes the W away, and
+what is left is exactly the gradient that one rank with the whole batch would have had.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def init(device: torch.device, timeout: float = 600.0) -> None:
+    """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone, do nothing.
+
+    nccl for a CUDA device, gloo otherwise. A rank that waits longer than `timeout` seconds for another one, here or in
+    a collective, fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+        torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout), device_id=device)
+        return
+    interface = _interface_towards(os.environ["MASTER_ADDR"])
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """Which of the ranks on this machine this is; known before `init`, since it chooses the device."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def highest(value: int) -> int:
+    """The largest `value` among the ranks, on all of them: how they agree that one of them was told to stop."""
+    if world_size() == 1:
+        return value
+    flag = torch.tensor(value, dtype=torch.int64, device=_group_device())
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return int(flag)
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's small Python object, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, device=_group_device())
+    return box[0]
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of `x` over the ranks. Its gradient is the sum of the ranks' gradients: right whatever each does with it."""
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def replicated_sum(x: Tensor) -> Tensor:
+    """Sum of `x` over the ranks, for a result that every rank treats alike: backward needs no communication.
+
+    Valid only when everything computed from the result, up to the loss, is identical on all ranks. Their gradients are
+    then equal too, and the sum of them is W times the own one. Where a rank goes on with a part of its own (its rows,
+    its samples), use `all_reduce_sum`.
+    """
+    return x if world_size() == 1 else _ReplicatedSum.apply(x)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The ranks' `x` [n, ...], n the same on all, joined in rank order: [W n, ...]. Gradients are summed over ranks."""
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _summed(grad)
+
+
+class _ReplicatedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _summed(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * world_size()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        whole = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, x.contiguous())
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        n = grad.shape[0] // world_size()
+        if torch.distributed.get_backend() == "nccl":
+            part = grad.new_empty(n, *grad.shape[1:])
+            torch.distributed.reduce_scatter_tensor(part, grad.contiguous())
+            return part
+        return _summed(grad)[rank() * n : (rank() + 1) * n]
+
+
+def _summed(x: Tensor) -> Tensor:
+    total = x.detach().clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def _group_device() -> torch.device:
+    nccl = torch.distributed.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface through which this machine reaches `host`.
+
+    Left alone, gloo takes the one that the machine's own name resolves to, and Debian resolves that to 127.0.1.1.
+    """
+    address = _address_towards(host)
+    named_loopback = address is not None and address.startswith("127.") and not host.startswith(("127.", "localhost"))
+    if named_loopback:  # this machine by its name: the others come in where this one goes out
+        address = _address_towards("192.0.2.1")  # nobody's address: any route out will do
+    if address is None:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
+
+
+def _address_towards(host: str) -> str | None:
+    """This machine's IPv4 address on the route to `host`. Connecting a datagram socket sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])

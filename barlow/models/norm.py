@@ -1,0 +1,100 @@
+"""Batch statistics over all ranks, so that the batch norms of W ranks see what one rank with the global batch sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from barlow import dist
+
+
+def synchronise(model: nn.Module) -> nn.Module:
+    """`model` with every batch norm reading the global batch; parameters, buffers and their names stay what they were.
+
+    Alone, the model itself, untouched. On a GPU torch's SyncBatchNorm, which refuses CPU tensors; so move the model to
+    its device first. Elsewhere `GlobalBatchNorm`.
+    """
+    if dist.world_size() == 1:
+        return model
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        return convert_sync_batchnorm(model)
+    return _converted(model)
+
+
+def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] (both differentiable) and count [] of all ranks' `x` over `dims`, all but one.
+
+    One collective each way. Each rank's own centred variance is merged with the spread of the ranks' means, which loses
+    no digits where a mean is large beside its deviation; ranks may hold different numbers of samples.
+    """
+    variance, mean = torch.var_mean(x, tuple(dims), correction=0)
+    channels = mean.numel()
+    count = mean.new_full((1,), x.numel() // channels)
+    ranks = dist.gather(torch.cat([mean, variance, count])[None])  # [W, 2 C + 1]
+    means, variances, counts = ranks.split([channels, channels, 1], dim=1)
+    total = counts.detach().sum()
+    share = counts.detach() / total  # [W, 1]
+    mean = (share * means).sum(0)
+    variance = (share * (variances + (means - mean).square())).sum(0)
+    return mean, variance, total
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm of any number of dimensions over the global batch; in eval mode it is plain batch norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        mean, variance, count = moments(wide, [d for d in range(x.dim()) if d != 1])
+        self._track(mean.detach(), variance.detach(), count)
+        scale = (variance + self.eps).rsqrt()
+        scale = scale if self.weight is None else scale * self.weight
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        y = (wide - mean.view(shape)) * scale.view(shape)
+        y = y if self.bias is None else y + self.bias.view(shape)
+        return y.to(x.dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Move the running statistics as one rank would: the variance unbiased, with the global count."""
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked += 1
+        pace = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), pace)
+        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), pace)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm takes [n, channels, ...], got {list(input.shape)}")
+
+
+class GlobalBatchNormAct(GlobalBatchNorm):
+    """timm's BatchNormAct2d, which has its activation inside, over the global batch."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+def _converted(module: nn.Module) -> nn.Module:
+    """`module` with its batch norms replaced, at any depth."""
+    if not isinstance(module, _BatchNorm):
+        for name, child in module.named_children():
+            setattr(module, name, _converted(child))
+        return module
+    kind = GlobalBatchNormAct if isinstance(module, BatchNormAct2d) else GlobalBatchNorm
+    twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    if isinstance(twin, GlobalBatchNormAct):
+        twin.drop, twin.act = module.get_submodule("drop"), module.get_submodule("act")
+    twin.weight, twin.bias = module.weight, module.bias
+    for name, buffer in module.named_buffers(recurse=False):
+        setattr(twin, name, buffer)
+    return twin.train(module.training)

@@ -1,0 +1,90 @@
+"""What tests of several files share: running a function on W ranks, in real processes joined by gloo."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[..., list[Any]]:
+    """`on_ranks(W, function, *args, timeout=60)` -> what function(*args) returned on each rank, in rank order.
+
+    The function stands at the top of a test module; it finds the group already joined through barlow.dist. The first
+    rank that fails ends the others, and its traceback is the failure that the test shows. The ranks are forked from a
+    server that has imported torch once, so that a group of four takes about a second.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.nn.parallel", "timm", "barlow.dist"])
+    return _run
+
+
+def _run(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    context = multiprocessing.get_context("forkserver")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes: list[BaseProcess] = []
+    pipes: list[Connection] = []
+    for rank in range(world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        job = (theirs, rank, world_size, port, function, args)
+        processes.append(context.Process(target=_rank, args=job, daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    try:
+        return _collect(pipes, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            pytest.fail(f"ranks {sorted(set(range(len(pipes))) - set(results))} did not answer in time", pytrace=False)
+        rank = min(pipes.index(pipe) for pipe in ready if isinstance(pipe, Connection))
+        try:
+            failed, payload = pickle.loads(pipes[rank].recv_bytes())
+        except EOFError:
+            pytest.fail(f"rank {rank} died without a word", pytrace=False)
+        if failed:
+            pytest.fail(f"rank {rank}:\n{payload}", pytrace=False)
+        results[rank] = payload
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any) -> None:
+    import torch
+
+    from barlow import dist
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        dist.init(torch.device("cpu"), timeout=30.0)
+        answer = (False, function(*args))
+    except BaseException:
+        answer = (True, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(answer))
+    pipe.close()
+    if not answer[0]:
+        dist.shutdown()
