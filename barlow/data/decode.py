@@ -1,4 +1,4 @@
-"""What a shard says of its samples, and pixels from their bytes: FFCV's file layout and FFCV's decoder, without its package.
+"""What a shard says of its samples, and pixels from their bytes: FFCV's file layout and decoder, without its package.
 
 The package stays outside because importing it sets the thread counts of torch and numba for the whole process and takes
 seconds; its Loader reads one file only, hangs when a worker fails and never looks at what the decoder answers.
@@ -21,7 +21,7 @@ from barlow.errors import UserError
 
 JPEG, RAW = 0, 1
 
-# The layout of an FFCV file, version 2: header, fields, a row for each sample, pages of image data, a row for its place.
+# The layout of an FFCV file, version 2: header, fields, a row a sample, pages of images, a row for each one's place.
 VERSION = 2
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("places", "<u8")], align=True
@@ -52,7 +52,7 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def read_samples(file: np.ndarray, path: Path, count: int, first_id: int, size: int) -> Samples:
-    """What a mapped shard holds. Every image of it lies inside the file: one cut short is a UserError here, no crash later."""
+    """What a mapped shard holds; every image lies inside it, for one cut short is a UserError here and no crash later."""
 
     def require(holds: bool, what: str) -> None:
         if not holds:
@@ -111,7 +111,8 @@ def compile_decode() -> Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         at = 2  # after the start-of-image marker come segments: FF, kind, length in two bytes, content
         while at + 9 <= len(head) and head[at] == 0xFF:
             kind = head[at + 1]
-            if 0xC0 <= kind <= 0xCF and kind != 0xC4 and kind != 0xC8 and kind != 0xCC:  # frame: precision, height, width
+            if 0xC0 <= kind <= 0xCF and kind != 0xC4 and kind != 0xC8 and kind != 0xCC:
+                # the frame: precision in a byte, height in two, width in two
                 return head[at + 5] * 256 + head[at + 6] == height and head[at + 7] * 256 + head[at + 8] == width
             at += 2 + head[at + 2] * 256 + head[at + 3]
         return False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -71,6 +73,7 @@ class Loader:
         started: SimpleQueue[Started | BaseException | None] = SimpleQueue()
         room = threading.Semaphore(AHEAD)
         closed = threading.Event()
+        spare: deque[np.ndarray] = deque(maxlen=AHEAD + 2)
 
         def produce() -> None:
             try:
@@ -78,7 +81,7 @@ class Loader:
                     room.acquire()
                     if closed.is_set():
                         return
-                    started.put(self._start(wanted))
+                    started.put(self._start(wanted, spare))
                 started.put(None)
             except BaseException as error:  # of any kind, or the consumer would wait for ever
                 started.put(error)
@@ -101,9 +104,8 @@ class Loader:
                     for part in unwanted.parts:
                         part.cancel()
 
-    def _start(self, positions: np.ndarray) -> Started:
-        n = len(positions)
-        images = torch.empty((n, self.size, self.size, 3), dtype=torch.uint8, pin_memory=self.pin)
+    def _start(self, positions: np.ndarray, spare: deque[np.ndarray]) -> Started:
+        images = self._memory(len(positions), spare)
         labels, ids = (torch.from_numpy(column[positions]) for column in (self.samples.labels, self.samples.ids))
         if self.pin:
             labels, ids = labels.pin_memory(), ids.pin_memory()
@@ -114,6 +116,20 @@ class Loader:
         )
         threads = decoding_threads(self.workers)
         return Started(Batch(images, labels, ids), [threads.submit(self._decode, *part) for part in parts])
+
+    def _memory(self, n: int, spare: deque[np.ndarray]) -> Tensor:
+        """Room for n images. Memory of an earlier batch serves again once no tensor or view of it is left: from the system
+        it would cost a tenth of what decoding does. (Pinned memory torch itself keeps for later use.)
+        """
+        shape = (n, self.size, self.size, 3)
+        if self.pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        memory = spare.pop() if spare else None
+        if memory is None or memory.shape != shape:
+            memory = np.empty(shape, np.uint8)
+        images = memory[:]  # the tensor holds this very object for as long as its storage lives
+        weakref.finalize(images, spare.append, memory)
+        return torch.from_numpy(images)
 
     def _decode(self, positions: np.ndarray, images: np.ndarray) -> int:
         """Fills `images`; the first position whose image fails, or -1."""
