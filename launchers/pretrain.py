@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     folder = folder_of(config)
     if cluster.dry_run:
         return submit.launch(STAGE, folder, cluster)
-    ranks = submit.check(cluster)
+    ranks = submit.check(cluster, folder)
     refuse_other_config(config)
     make_shards(config.data)
     check(config, ranks)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -43,7 +43,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one that does not."""
-        skipped = []
+        skipped: list[str] = []
         for record in sorted(self.folder.glob("step-*.json"), reverse=True):
             path = record.with_suffix(".pt")
             fault = _fault(path, record)
@@ -59,7 +59,7 @@ class Checkpoints:
         try:
             with open(fresh, "wb") as file:
                 hashing = _Hashing(file)
-                torch.save(state, hashing)
+                torch.save(state, cast(IO[bytes], hashing))
                 file.flush()
                 os.fsync(file.fileno())
             record = {"file": path.name, "step": step, "bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}

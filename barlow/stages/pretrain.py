@@ -31,9 +31,9 @@ from barlow.errors import Preempted, UserError
 from barlow.models import backbone as backbones
 from barlow.models.norm import synchronise
 from barlow.objectives.barlow_twins import BarlowTwins
-from barlow.optim import schedule
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars
+from barlow.optim.schedule import scaled, warmup_cosine
 from barlow.stages import knn
 
 
@@ -51,8 +51,13 @@ def main(run_folder: str) -> None:
     if config.model.init:
         start_from(objective, config.model.init)
     model = distribute(objective, device)
+    knobs = config.optim
     optimizer = Lars(
-        weights_and_biases(objective), config.optim.momentum, config.optim.weight_decay, config.optim.eta, config.optim.clip
+        weights_and_biases(objective),
+        weight_decay=knobs.weight_decay,
+        momentum=knobs.momentum,
+        eta=knobs.eta,
+        clip=knobs.clip,
     )
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     start, told = restore(checkpoints, objective, optimizer)
@@ -63,8 +68,9 @@ def main(run_folder: str) -> None:
         attempts = read_status(folder).get("attempts", 0) + 1
         write_status(folder, state="running", step=start, steps=plan.steps, attempts=attempts, why="")
 
-    def rates(at: int) -> tuple[float, float]:
-        return schedule.rates(config.optim, config.batch_size, plan.steps_per_epoch, plan.steps, at)
+    def rates(at: int) -> list[float]:
+        warmup, peaks = knobs.warmup_epochs * plan.steps_per_epoch, peak_rates(config)
+        return [warmup_cosine(at, plan.steps, warmup, peak, peak * knobs.end_lr) for peak in peaks]
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     normal = (index.mean, index.std)
@@ -121,11 +127,16 @@ def plan_of(config: Pretrain, count: int) -> Plan:
     return Plan(steps, per_epoch, config.batch_size, config.log_every, config.checkpoint.every_steps, evaluate_every)
 
 
+def peak_rates(config: Pretrain) -> tuple[float, float]:
+    """Of weights and of biases: they follow the global batch, not the world size."""
+    return scaled(config.optim.lr, config.batch_size), scaled(config.optim.lr_biases, config.batch_size)
+
+
 def build(config: Pretrain, device: torch.device) -> BarlowTwins:
     """The network and its objective, initialised by the seed alone."""
     torch.manual_seed(config.seed)
     objective = BarlowTwins(backbones.build(config.model), config.objective, config.model.projector)
-    return objective.to(device, memory_format=memory_format(device))
+    return objective.to(device).to(memory_format=memory_format(device))
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -157,7 +168,7 @@ def start_from(objective: BarlowTwins, where: str) -> None:
 
 def restore(checkpoints: Checkpoints, objective: BarlowTwins, optimizer: Lars) -> tuple[int, list[str]]:
     """Go on from the newest checkpoint that verifies; rank 0 chooses it for all. First start: from the seed."""
-    path, told = dist.broadcast(checkpoints.newest() if dist.rank() == 0 else None)
+    path, told = dist.broadcast(checkpoints.newest() if dist.rank() == 0 else (None, []))
     if path is None:
         return 0, told
     stored = load(path)
@@ -170,7 +181,7 @@ def describe(config: Pretrain, plan: Plan, objective: nn.Module, device: torch.d
     """The first line of a log: all that follows from the world size is in it."""
     millions = sum(p.numel() for p in objective.parameters()) / 1e6
     world = dist.world_size()
-    peak, _ = schedule.peaks(config.optim, config.batch_size)
+    peak, _ = peak_rates(config)
     return (
         f"{config.model.backbone} ({config.model.stem} stem, {millions:.1f} M parameters) on {world} x {device.type}: "
         f"batch {config.batch_size} = {world} x {config.batch_size // world}, peak lr {peak:.4g}, "
