@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
@@ -29,8 +31,17 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.31, 0.27, 0.24)
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The images are few and small: on a busy machine several threads would mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def noise(n: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """uint8 [n, h, w, 3] from black to white, as strong at the scale of a pixel as at others: hard on the operations."""
+    """uint8 [n, h, w, 3] from black to white, as strong at the scale of a pixel as at others: hard to get right."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.zeros(n, 3, height, width)
     for side in (2, 5, 16, height):
@@ -518,6 +529,26 @@ def test_pair_draws_and_applies_both_views() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def test_the_way_of_a_gpu_gives_the_same_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, ids = noise(40, 96, 96), torch.arange(40)
+    expected = pair(images, ids, Views(size=48), 0, 0, *PLAIN)
+    monkeypatch.setattr(V, "may_ask", lambda x: False)
+    for ours, theirs in zip(pair(images, ids, Views(size=48), 0, 0, *PLAIN), expected, strict=True):
+        assert (ours - theirs).abs().max() < 1e-6
+
+
+def test_no_value_is_asked_of_a_gpu() -> None:
+    """On tensors that have a device and a shape but no values, whatever needs a value to go on fails."""
+    V.constant.cache_clear()
+    with FakeTensorMode():
+        images = torch.zeros(8, 96, 64, 3, dtype=torch.uint8, device="cuda")
+        with pytest.raises(DynamicOutputShapeException):
+            torch.nonzero(images)
+        views = pair(images, torch.arange(8, device="cuda"), Views(size=48), 0, 0, MEAN, STD)
+        assert [(tuple(x.shape), x.device.type) for x in views] == [((8, 3, 48, 48), "cuda")] * 2
+    V.constant.cache_clear()
 
 
 @pytest.mark.gpu
