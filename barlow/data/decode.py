@@ -52,7 +52,7 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def read_samples(file: np.ndarray, path: Path, count: int, first_id: int, size: int) -> Samples:
-    """What a mapped shard holds; every image lies inside it, for one cut short is a UserError here and no crash later."""
+    """What a mapped shard holds; every image lies inside it, for one cut short is a UserError here, no crash later."""
 
     def require(holds: bool, what: str) -> None:
         if not holds:

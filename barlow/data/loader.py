@@ -118,8 +118,8 @@ class Loader:
         return Started(Batch(images, labels, ids), [threads.submit(self._decode, *part) for part in parts])
 
     def _memory(self, n: int, spare: deque[np.ndarray]) -> Tensor:
-        """Room for n images. Memory of an earlier batch serves again once no tensor or view of it is left: from the system
-        it would cost a tenth of what decoding does. (Pinned memory torch itself keeps for later use.)
+        """Room for n images. Memory of an earlier batch serves again once no tensor or view of it is left: new memory would
+        cost a tenth of what decoding does. (Pinned memory torch itself keeps for later use.)
         """
         shape = (n, self.size, self.size, 3)
         if self.pin:
