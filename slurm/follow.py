@@ -1,0 +1,82 @@
+"""Watch a SLURM job from its submission to its end: its states, rank 0's log, and what ended it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from slurm.local import show_failure
+from slurm.states import State, job_state, merge_status, read_failure, read_status
+
+EVERY = 0.5  # seconds between two looks at the log
+ASK_EVERY = 2.0  # seconds between two questions to slurmctld
+LINGER = 30.0  # seconds after which a preempted job has been cancelled rather than put back into the queue
+ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(.*\))?$", re.MULTILINE)
+RESTART = re.compile(r"\*\*\* JOB \d+ ON .*")  # what slurmstepd writes as a job goes back to the queue
+
+
+def follow(folder: Path, job: str, seen: int = 0) -> int:
+    """Show rank 0's log from byte `seen` on, and the job's states, until it ends. Ctrl-C ends the watching only.
+
+    Returns 0 if the run has finished, 2 for a user's error in a rank, 1 otherwise."""
+    try:
+        state = watch(folder, job, seen)
+    except KeyboardInterrupt:
+        print(f"\njob {job} goes on: tail -F {folder / 'logs' / 'rank_0.log'}; scancel {job} ends it", file=sys.stderr)
+        return 130
+    return report(folder, job, state)
+
+
+def watch(folder: Path, job: str, seen: int) -> State:
+    """Returns the job's last state."""
+    told, preempted, asked = "", 0.0, 0.0
+    state = last = State()
+    with contextlib.ExitStack() as stack:
+        log = None
+        while True:
+            if time.monotonic() - asked >= ASK_EVERY:
+                asked, state = time.monotonic(), job_state(job)
+            if log is None and (folder / "logs" / "rank_0.log").exists():
+                log = stack.enter_context(open(folder / "logs" / "rank_0.log", errors="replace"))
+                log.seek(seen)
+            news = "" if state.name in ("", "COMPLETING") or str(state) == told else f"job {job} {state}\n"
+            told = str(state) if news else told
+            lines = log.read() if log else ""
+            sys.stdout.write(news + lines if state.alive else lines + news)
+            sys.stdout.flush()
+            preempted = (preempted or time.monotonic()) if state.name == "PREEMPTED" else 0.0
+            if not state.alive or (preempted and time.monotonic() - preempted > LINGER):
+                return state if state.name else last
+            last = state
+            time.sleep(EVERY)
+
+
+def report(folder: Path, job: str, state: State) -> int:
+    """Say what ended the job, the cause and not what followed from it, and give its exit code."""
+    finished = read_status(folder).get("state") == "finished"
+    if state.name == "COMPLETED" or (finished and state.name in ("", "RUNNING", "COMPLETING")):
+        return 0
+    killed = "" if state.name == "CANCELLED" else killed_rank(folder, job)
+    failure = read_failure(folder, f"{job}.")
+    why = killed or f"job {job} ended: {state or 'SLURM has forgotten it'}"
+    if failure and not killed:
+        return show_failure(failure)
+    if not finished:
+        merge_status(folder, state="cancelled" if state.name == "CANCELLED" else "failed", why=why)
+    print(f"{why}; logs: {folder / 'logs'}", file=sys.stderr)
+    return 1
+
+
+def killed_rank(folder: Path, job: str) -> str:
+    """The rank whose death by a signal began the end, as srun tells it; empty if it began with another end."""
+    log = folder / "logs" / "submitit" / f"{job}_0_log.out"
+    last_attempt = RESTART.split(log.read_text(errors="replace"))[-1] if log.exists() else ""
+    first = ENDED.search(last_attempt)
+    if first is None or first.group(3).startswith("Exited with exit code"):
+        return ""
+    name = {signal.strsignal(number): f"killed by {number.name}" for number in signal.Signals}.get(first.group(3))
+    return f"rank {first.group(2)} on {first.group(1)} was {name or 'ended: ' + first.group(3)}"

@@ -1,0 +1,99 @@
+"""Where a run stands: status.json and failure.json in its folder, and what squeue says of its job."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNREACHABLE = "UNREACHABLE"  # ours, for a slurmctld that does not answer just now
+WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", UNREACHABLE}
+ACTIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "PREEMPTED"}
+
+
+@dataclass(frozen=True)
+class State:
+    """What squeue says of a job. `name` is empty once SLURM has forgotten it."""
+
+    name: str = ""
+    reason: str = ""
+    nodes: str = ""
+    run: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Waiting or running. PREEMPTED counts: it is what a job passes through on its way back to the queue."""
+        return self.name in WAITING | ACTIVE
+
+    def __str__(self) -> str:
+        if self.name in WAITING:
+            return self.name.lower() + (f": {self.reason}" if self.reason != "None" else "")
+        return self.name.lower() + (f" on {self.nodes}" if self.nodes else "")
+
+
+def job_state(job: str) -> State:
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T|%r|%N|%j"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return State(UNREACHABLE, "squeue waits for slurmctld")
+    if done.returncode == 0 and done.stdout.strip():
+        return State(*done.stdout.splitlines()[0].strip().split("|", 3))
+    if "Invalid job id" in done.stderr or done.returncode == 0:
+        return State()
+    return State(UNREACHABLE, done.stderr.strip().replace("\n", "; "))
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "status.json")
+
+
+def merge_status(folder: Path, **changes: Any) -> None:
+    """Lay `changes` over status.json."""
+    write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})
+
+
+def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback: str, exit_code: int) -> bool:
+    """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    failure = {"attempt": attempt, "rank": rank, "host": node_name(), "error": error}
+    failure |= {"traceback": traceback, "exit_code": exit_code}
+    try:
+        with open(logs / f"failure-{attempt}.json", "x") as claim:
+            json.dump(failure, claim, indent=1)
+    except FileExistsError:
+        return False
+    write_json(logs / "failure.json", failure)
+    merge_status(folder, state="failed", why=f"rank {rank} on {failure['host']}: {error}")
+    return True
+
+
+def read_failure(folder: Path, attempt: str) -> dict[str, Any]:
+    """The first failure of this attempt; if `attempt` ends in a dot, of any attempt of that job. Empty: none."""
+    failure = read_json(folder / "logs" / "failure.json")
+    found = str(failure.get("attempt", ""))
+    return failure if found == attempt or (attempt.endswith(".") and found.startswith(attempt)) else {}
+
+
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    fresh.replace(path)

@@ -1,0 +1,247 @@
+"""From a command to running ranks: `launch` submits a job to SLURM or runs here. All that launchers call.
+
+Everything a user can have got wrong is refused before anything is created."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import submitit
+
+from barlow.errors import UserError
+from slurm import local
+from slurm.cluster import Cluster, minutes, resolve
+from slurm.follow import follow
+from slurm.job import Job
+from slurm.states import job_state, merge_status, read_status
+
+TIMEOUTS = 1000  # restarts after the time limit; what ends such a run is its own last step
+SIGNAL_DELAY = 120  # seconds before the time limit at which ranks are told to save, at most a quarter of it
+DAY = 24 * 60
+
+
+def launch(module: str, folder: Path, cluster: Cluster) -> int:
+    """Run MODULE.main(folder) on every rank that `cluster` asks for; returns the command's exit code.
+
+    The run folder must be there, with its snapshot of the code, but for a dry run, which creates nothing."""
+    folder = folder.absolute()
+    if cluster.dry_run:
+        check(cluster, folder)
+        print(plan(module, folder, settled(cluster)))
+        return 0
+    cluster = settled(cluster)
+    if cluster.cluster == "local":
+        return local.run(module, folder, cluster.ranks)
+    refuse_second(folder)
+    log = folder / "logs" / "rank_0.log"
+    seen = log.stat().st_size if log.exists() else 0
+    job = submit(module, folder, cluster)
+    asked = f"{cluster.nodes} {'node' if cluster.nodes == 1 else 'nodes'} of {cluster.partition}"
+    print(f"submitted job {job}: run {folder.name}, {asked}, {local.ranks_in_words(cluster.ranks)}")
+    print(f"  log     tail -F {log}\n  state   squeue -j {job}\n  cancel  scancel {job}", flush=True)
+    return follow(folder, job, seen) if cluster.follow else 0
+
+
+def check(cluster: Cluster, folder: Path | None = None) -> int:
+    """Refuse what cannot run, before anything is created; returns the number of ranks there will be.
+
+    With the run's folder also a run that is under way already, whose snapshot must not change."""
+    cluster = settled(cluster)
+    if cluster.cluster == "local":
+        if folder is not None:
+            local.refuse_second(folder)
+        return cluster.ranks
+    if folder is not None:
+        refuse_second(folder)
+    refused = run_sbatch(["--test-only"], script(folder or Path("run").absolute(), cluster))
+    if refused:
+        raise UserError(f"SLURM refuses the job: {refused} (asked for: {asked_for(cluster)})")
+    return cluster.ranks
+
+
+def settled(cluster: Cluster) -> Cluster:
+    """The same with every open value decided; `cluster.cluster` is "slurm" or "local" then."""
+    cluster = resolve(cluster)
+    if cluster.cluster == "local":
+        return cluster
+    silence = why_no_slurm()
+    if not silence:
+        return within_partition(replace(cluster, cluster="slurm"))
+    if cluster.nodes > 1:
+        raise UserError(f"--nodes {cluster.nodes}: {silence}; --cluster local runs {cluster.ranks} ranks here")
+    if cluster.cluster == "slurm":
+        raise UserError(f"--cluster slurm: {silence}; --cluster local runs here")
+    return replace(cluster, cluster="local")
+
+
+def why_no_slurm() -> str:
+    """Empty if SLURM answers; otherwise what is wrong, and what would help."""
+    if not shutil.which("sinfo") or not shutil.which("sbatch"):
+        return "there is no SLURM on this machine (no sinfo, no sbatch)"
+    try:
+        answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=15)
+    except subprocess.TimeoutExpired:
+        answer = None
+    if answer and answer.returncode == 0:
+        return ""
+    own = Path(".cluster/slurm.conf").absolute()
+    if own.exists() and os.environ.get("SLURM_CONF") != str(own):
+        return f"SLURM does not answer, but a development cluster is up: export SLURM_CONF={own}"
+    return "SLURM does not answer" + (f" (SLURM_CONF={os.environ['SLURM_CONF']})" if "SLURM_CONF" in os.environ else "")
+
+
+def within_partition(cluster: Cluster) -> Cluster:
+    """Name the partition and the time limit if they are open; refuse what the partition does not have."""
+    listed = ask_sinfo("--all", "--format=%P|%D|%l")  # name (the default one with a star), nodes, limit
+    known = {name.rstrip("*"): (int(nodes), limit) for name, nodes, limit in listed}
+    default = [name.rstrip("*") for name, *_ in listed if name.endswith("*")]
+    partition = cluster.partition or os.environ.get("SBATCH_PARTITION", "") or (default[0] if default else "")
+    if not partition:
+        raise UserError(f"SLURM has no default partition: give --partition, one of {', '.join(known)}")
+    parts = partition.split(",")
+    if unknown := [part for part in parts if part not in known]:
+        raise UserError(f"no partition {unknown[0]!r}: SLURM here has {', '.join(known)} (--partition)")
+    most = max(known[part][0] for part in parts)
+    if cluster.nodes > most:
+        raise UserError(f"--nodes {cluster.nodes}: partition {partition} has {most}")
+    limits = [minutes(limit) for part in parts if (limit := known[part][1])[:1].isdigit()]
+    longest = max(limits) if len(limits) == len(parts) else None
+    if cluster.time and longest and minutes(cluster.time) > longest:
+        raise UserError(f"--time {cluster.time}: partition {partition} allows {longest} minutes")
+    time = cluster.time or str(min(longest or DAY, DAY))
+    return replace(cluster, partition=partition, time=time)
+
+
+def ask_sinfo(*options: str) -> list[list[str]]:
+    done = subprocess.run(["sinfo", "--noheader", *options], capture_output=True, text=True, timeout=60)
+    return [[field.strip() for field in line.split("|")] for line in done.stdout.splitlines()]
+
+
+def asked_for(cluster: Cluster) -> str:
+    names = ("partition", "nodes", "gpus_per_node", "cpus_per_rank", "mem", "time", "account", "qos", "constraint")
+    asked = {name: getattr(cluster, name) for name in names}
+    return ", ".join(f"{name} {value}" for name, value in asked.items() if value)
+
+
+def refuse_second(folder: Path) -> None:
+    """A run that waits or runs in SLURM is not submitted again."""
+    job = str(read_status(folder).get("job") or "")
+    state = job_state(job) if job else None
+    if state and state.alive and state.run == folder.name:
+        raise UserError(f"run {folder.name} is job {job} already ({state}): scancel {job}, or choose another --run")
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, which also notes the job in status.json while its ranks still wait for their pickle, so that it never
+    overwrites what a rank has written."""
+
+    run_folder: Path
+
+    def _submit_command(self, command: str) -> submitit.Job[None]:
+        merge_status(self.run_folder, state="pending", why="", job="")
+        job: submitit.Job[None] = super()._submit_command(command)
+        merge_status(self.run_folder, job=job.job_id)
+        return job
+
+
+def executor(folder: Path, cluster: Cluster) -> Executor:
+    """All that is asked of SLURM."""
+    made = Executor(folder / "logs" / "submitit", max_num_timeout=TIMEOUTS)
+    made.run_folder = folder
+    code = folder / "code"
+    options: dict[str, object] = {"requeue": True}
+    options |= {"mem": cluster.mem} if cluster.mem else {}
+    for option in cluster.sbatch:
+        key, equals, value = option.lstrip("-").partition("=")
+        options[key] = value if equals else True
+    srun = ["--kill-on-bad-exit=1", "--distribution=block", "--open-mode=append"]
+    srun += [f"--output={folder / 'logs' / 'rank_%t.log'}", f"--chdir={code}"]
+    if cluster.cpus_per_rank:
+        srun.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 srun does not take it from sbatch
+    made.update_parameters(
+        job_name=folder.name,
+        partition=cluster.partition,
+        time=minutes(cluster.time),
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.ranks_of_a_node,
+        gpus_per_node=cluster.gpus_per_node or None,
+        cpus_per_task=cluster.cpus_per_rank,
+        account=cluster.account or None,
+        qos=cluster.qos or None,
+        constraint=cluster.constraint or None,
+        exclude=cluster.exclude or None,
+        exclusive=cluster.exclusive or None,
+        mail_user=cluster.mail_user or None,
+        mail_type=cluster.mail_type or None,
+        signal_delay_s=min(SIGNAL_DELAY, minutes(cluster.time) * 15),
+        wckey=None,  # submitit's own would be refused where keys are accounted for
+        stderr_to_stdout=True,
+        additional_parameters=options,
+        srun_args=srun,
+        # srun starts ranks in the snapshot, so Python looks there first; PYTHONPATH leads their own children there.
+        setup=[*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+    )
+    return made
+
+
+def script(folder: Path, cluster: Cluster) -> str:
+    """The sbatch script, as submitit will write it."""
+    made = executor(folder, cluster)
+    text: str = made._make_submission_file_text(made._submitit_command_str, "")
+    return text
+
+
+def plan(module: str, folder: Path, cluster: Cluster) -> str:
+    """What a dry run prints: the sbatch script and, as comments below it, what each rank runs."""
+    if cluster.cluster == "slurm":
+        what = f"{module}.main({str(folder)!r}) with the code of {folder / 'code'}"
+        return f"{script(folder, cluster)}\n# each of the {cluster.ranks} ranks calls, through submitit:\n# {what}"
+    lines = [f"# {local.ranks_in_words(cluster.ranks)} here, each in {folder / 'code'}:"]
+    for environment in local.environments(folder, cluster.ranks, "dry-run"):
+        shown = [f"{key}={environment[key]}" for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+        lines.append(" ".join([*shown, shlex.join(local.command(module, folder))]))
+    return "\n".join(lines)
+
+
+def submit(module: str, folder: Path, cluster: Cluster) -> str:
+    """Hand the job to SLURM; returns its id."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        with outside_any_job():
+            job = executor(folder, cluster).submit(Job(module, str(folder), os.getcwd()))
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
+        raise UserError(f"SLURM refuses the job: {one_line(str(error))} (asked for: {asked_for(cluster)})") from None
+    return str(job.job_id)
+
+
+def run_sbatch(options: list[str], text: str) -> str:
+    """sbatch with a script on its standard input; empty if it accepts, else its complaint in one line."""
+    with outside_any_job():
+        done = subprocess.run(["sbatch", *options], input=text, capture_output=True, text=True, timeout=120)
+    return one_line(done.stderr) if done.returncode else ""
+
+
+def one_line(complaint: str) -> str:
+    """The last error among sbatch's words: the others lead to it."""
+    errors = re.findall(r"(?:error|failure): (.+)", complaint)
+    lines = errors or complaint.strip().splitlines()[:1] or ["no reason given"]
+    return str(lines[-1]).removeprefix("Batch job submission failed: ").removeprefix("sbatch: ")
+
+
+@contextlib.contextmanager
+def outside_any_job() -> Iterator[None]:
+    """Without the SLURM_* variables of a job this command may run in: sbatch and the new job would take them over."""
+    inherited = [key for key in os.environ if key.startswith(("SLURM_", "SLURMD_")) and key != "SLURM_CONF"]
+    hidden = {key: os.environ.pop(key) for key in inherited}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)

@@ -1,0 +1,86 @@
+"""A stage of a few seconds, for the tests of slurm/: all ranks sum their numbers over gloo, then do what the run's
+config.json tells them ("fault": on which rank to fail, and how)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from barlow.errors import Preempted, UserError
+from slurm.states import write_json
+
+WORD = "original"  # a test changes it after submitting
+
+
+def main(run_folder: str) -> None:
+    folder = Path(run_folder)
+    config = json.loads((folder / "config.json").read_text())
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    print(f"rank {rank} of {world} says {WORD}", flush=True)
+    place = {key: os.environ.get(key, "") for key in PLACE} | {"cwd": os.getcwd(), "file": __file__, "word": WORD}
+    write_json(folder / f"place_{rank}.json", place | {"pid": os.getpid()})
+    if rank == 0:
+        with open(folder / "ports", "a") as file:
+            file.write(place["MASTER_PORT"] + "\n")
+    if config.get("sum", False):
+        (folder / f"sum_{rank}.json").write_text(json.dumps(all_reduce(rank)))
+    if "sleep" in config:  # a number of seconds a start
+        again = (folder / f"alive_{rank}").exists()
+        (folder / f"alive_{rank}").touch()
+        time.sleep(config["sleep"][again])
+    if rank == config.get("rank", -1):
+        fault(config["fault"], folder)
+    if config.get("stoppable", False):
+        stop_when_told(folder / f"ready_{rank}")
+    if "fault" in config:
+        time.sleep(60)
+    print("done", flush=True)
+
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+
+
+def all_reduce(rank: int) -> float:
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    value = torch.tensor([float(10**rank)])
+    dist.all_reduce(value)
+    dist.barrier()
+    dist.destroy_process_group()
+    return value.item()
+
+
+def stop_when_told(ready: Path) -> None:
+    """As a real stage: a signal only sets a flag, the loop saves (here: takes a moment) and leaves."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    ready.touch()
+    while not told:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    raise Preempted("SIGTERM", 7)
+
+
+def fault(kind: str, folder: Path) -> None:
+    if kind == "raise":
+        raise ValueError("the first of all")
+    if kind == "user":
+        raise UserError("shards of data/x are cut short: write them again")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind.startswith("child"):  # a process of its own, which ignores SIGTERM
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert child.stdout is not None
+        child.stdout.readline()
+        write_json(folder / "child", {"pid": child.pid})
+    if kind == "child-then-raise":
+        raise ValueError("its child goes on")
+    time.sleep(600)
