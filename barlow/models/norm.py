@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,16 +33,17 @@ def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     One collective each way. Each rank's own centred variance is merged with the spread of the ranks' means, which loses
     no digits where a mean is large beside its deviation; ranks may hold different numbers of samples.
     """
-    variance, mean = torch.var_mean(x, tuple(dims), correction=0)
-    channels = mean.numel()
-    count = mean.new_full((1,), x.numel() // channels)
-    ranks = dist.gather(torch.cat([mean, variance, count])[None])  # [W, 2 C + 1]
+    mean = x.mean(tuple(dims), keepdim=True)
+    variance = (x - mean).square().mean(tuple(dims))  # [C]
+    channels = variance.numel()
+    count = variance.new_full((1,), x.numel() // channels)
+    ranks = dist.gather(torch.cat([mean.flatten(), variance, count])[None])  # [W, 2 C + 1]
     means, variances, counts = ranks.split([channels, channels, 1], dim=1)
     total = counts.detach().sum()
     share = counts.detach() / total  # [W, 1]
-    mean = (share * means).sum(0)
-    variance = (share * (variances + (means - mean).square())).sum(0)
-    return mean, variance, total
+    global_mean = (share * means).sum(0)
+    global_variance = (share * (variances + (means - global_mean).square())).sum(0)
+    return global_mean, global_variance, total
 
 
 class GlobalBatchNorm(_BatchNorm):
@@ -50,13 +53,10 @@ class GlobalBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        mean, variance, count = moments(wide, [d for d in range(x.dim()) if d != 1])
-        self._track(mean.detach(), variance.detach(), count)
-        scale = (variance + self.eps).rsqrt()
-        scale = scale if self.weight is None else scale * self.weight
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        y = (wide - mean.view(shape)) * scale.view(shape)
-        y = y if self.bias is None else y + self.bias.view(shape)
+        with torch.no_grad():
+            statistics = moments(wide, [d for d in range(x.dim()) if d != 1])
+            self._track(*statistics)
+        y: Tensor = _Normalise.apply(wide, self.weight, self.bias, statistics, self.eps)
         return y.to(x.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
@@ -82,6 +82,38 @@ class GlobalBatchNormAct(GlobalBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act(self.drop(super().forward(x)))
         return y
+
+
+class _Normalise(torch.autograd.Function):
+    """Normalise by the global statistics and differentiate through them, with torch's fused kernels and one collective.
+
+    With x^ the normalised input and g the incoming gradient times weight / deviation, the gradient of x is
+    g - mean(g) - x^ mean(g x^), the means being global ones. The kernel takes this rank's; what they differ by is
+    another scale and shift of x^.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Sequence[Tensor], eps: float
+    ) -> Tensor:
+        mean, variance, count = statistics
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        inverse = (variance + ctx.eps).rsqrt()  # 1 / deviation [C]
+        x_grad, weight_grad, bias_grad = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse, True, ctx.eps, [True, True, True]
+        )
+        sums = torch.stack([weight_grad, bias_grad])  # of grad * x^ and of grad over this rank's samples [2, C]
+        scale = inverse if weight is None else inverse * weight
+        own_count = x.numel() // weight_grad.numel()
+        excess, shift = scale * (sums / own_count - dist.all_reduce_sum(sums) / count)
+        x_grad += F.batch_norm(x, mean, variance, excess, shift, training=False, eps=ctx.eps)
+        return x_grad, *((None, None) if weight is None else (weight_grad, bias_grad)), None, None
 
 
 def _converted(module: nn.Module) -> nn.Module:
