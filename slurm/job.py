@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 STOPPED = 75  # exit code of a rank that was told to stop and has saved (EX_TEMPFAIL: try again)
+WAIT = 300.0  # seconds for SLURM to end a rank that cannot ask for it; more than any grace time is likely to be
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which the kernel hands out ports
 SIOCGIFADDR = 0x8915
 PR_SET_PDEATHSIG = 1
@@ -109,6 +111,10 @@ def leave(why: str) -> NoReturn:
         if "JobState=RUNNING" in shown and "Requeue=1" in shown:
             print(f"stopped: {why}; job {job} goes back to the queue", flush=True)
             ask("scontrol", "requeue", job)
+        elif not shown:
+            # A preempted job goes back by itself if SLURM has to end it, but not if its ranks have left before.
+            print(f"stopped: {why}; without scontrol this rank waits for SLURM to end it", flush=True)
+            time.sleep(WAIT)
         exit_now(STOPPED)
     exit_now(0)
 

@@ -232,20 +232,25 @@ def test_preempted_job_comes_back(real_slurm: Path, make_run: MakeRun, start: St
 def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(
     real_slurm: Path, make_run: MakeRun, run: Run
 ) -> None:
-    told, cancelled = make_run("told", stoppable=True), make_run("cancelled", stoppable=True)
-    jobs = []
-    for folder in (told, cancelled):
-        assert run(folder, nodes=2)[0] == 0
-        jobs.append(read_status(folder)["job"])
-    wait_for(lambda: all((folder / f"ready_{rank}").exists() for folder in (told, cancelled) for rank in range(2)))
-    subprocess.run(["scancel", "--signal=TERM", jobs[0]], check=True)
-    subprocess.run(["scancel", jobs[1]], check=True)
-    wait_for(lambda: job_state(jobs[0]).name == "PENDING")
+    told, alone, cancelled = (make_run(name, stoppable=True) for name in ("told", "alone", "cancelled"))
+    (alone / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # as good as none, for ranks of the second run
+    (alone / "scontrol").chmod(0o755)
+    for folder in (told, alone, cancelled):
+        setup = [f"export PATH={alone}:$PATH"] if folder == alone else []
+        assert run(folder, nodes=2, setup=setup)[0] == 0
+    ready = [folder / f"ready_{rank}" for folder in (told, alone, cancelled) for rank in range(2)]
+    wait_for(lambda: all(path.exists() for path in ready))
+    job, job_alone, job_cancelled = (read_status(folder)["job"] for folder in (told, alone, cancelled))
+    subprocess.run(["scancel", "--signal=TERM", job, job_alone], check=True)
+    subprocess.run(["scancel", job_cancelled], check=True)
+    wait_for(lambda: job_state(job).name == "PENDING")
     assert "goes back to the queue" in (told / "logs" / "rank_0.log").read_text()
-    wait_for(lambda: not job_state(jobs[1]).alive)
-    assert job_state(jobs[1]).name == "CANCELLED"
-    assert not any((folder / "logs" / "failure.json").exists() for folder in (told, cancelled))
-    subprocess.run(["scancel", jobs[0]], check=True)
+    wait_for(lambda: "waits for SLURM to end it" in (alone / "logs" / "rank_0.log").read_text())
+    assert job_state(job_alone).name == "RUNNING"
+    wait_for(lambda: not job_state(job_cancelled).alive)
+    assert job_state(job_cancelled).name == "CANCELLED"
+    assert not any((folder / "logs" / "failure.json").exists() for folder in (told, alone, cancelled))
+    subprocess.run(["scancel", job, job_alone], check=True)
 
 
 @needs_slurm
