@@ -59,9 +59,8 @@ def _batch(path: str) -> tuple[np.ndarray, list[int], list[str]]:
     """Images [n, 3072] uint8 (a plane a colour), labels and file names of one batch file."""
     try:
         with open(path, "rb") as file:
-            content = _Unpickler(file, encoding="bytes").load()
-        images, labels = np.asarray(content[b"data"]), [int(label) for label in content[b"labels"]]
-        names = [name.decode() for name in content.get(b"filenames", [b"%d" % i for i in range(len(labels))])]
+            content = _Unpickler(file, encoding="latin1").load()
+        images, labels, names = np.asarray(content["data"]), list(map(int, content["labels"])), content["filenames"]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file (CIFAR-10 has data_batch_1 to 5 and test_batch)") from None
     except Exception as error:  # unpickling raises anything

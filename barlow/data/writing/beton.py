@@ -28,10 +28,16 @@ def page_size(side: int) -> int:
 
 
 def estimate(count: int, side: int, bytes_per_image: float) -> int:
-    """About how large a file of so many images becomes."""
+    """About how large a file of so many images becomes; raw: exactly."""
     page = page_size(side)
     pages = -(-count // max(1, int(page / bytes_per_image)))
-    return page * (1 + pages) + count * (SAMPLE.itemsize + PLACE.itemsize)
+    return _begin(count, page) + pages * page + count * PLACE.itemsize
+
+
+def _begin(count: int, page: int) -> int:
+    """Where the images begin: at the next page after the tables."""
+    head = HEADER.itemsize + len(FIELDS) * FIELD.itemsize + count * SAMPLE.itemsize
+    return -(-head // page) * page
 
 
 def write(file: IO[bytes], ids: np.ndarray, labels: np.ndarray, side: int, raw: bool, images: Iterable[Run]) -> None:
@@ -46,8 +52,7 @@ def write(file: IO[bytes], ids: np.ndarray, labels: np.ndarray, side: int, raw: 
     samples["image"]["width"] = samples["image"]["height"] = side
 
     page = page_size(side)
-    head = HEADER.itemsize + fields.nbytes + samples.nbytes
-    begin = -(-head // page) * page
+    begin = _begin(len(ids), page)
     file.write(bytes(begin))
     starts, lengths, end = _write_pages(file, begin, page, images)
     if len(starts) != len(ids):

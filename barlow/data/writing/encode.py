@@ -81,10 +81,10 @@ def fit(image: np.ndarray, key: Any, encoding: Encoding) -> np.ndarray:
 
 
 def count_pixels(image: np.ndarray) -> Pixels:
-    # OpenCV adds bytes in integers and 32-bit blocks: sums of an image are exact in its doubles.
+    # OpenCV adds in integers but answers in doubles, the square of a root among them: whole numbers once rounded.
     r, g, b = cv2.sumElems(image)[:3]
-    squares = [int(cv2.norm(plane, cv2.NORM_L2SQR)) for plane in cv2.split(image)]
-    return Pixels(image.shape[0] * image.shape[1], (int(r), int(g), int(b)), (squares[0], squares[1], squares[2]))
+    rr, gg, bb = (round(cv2.norm(plane, cv2.NORM_L2SQR)) for plane in cv2.split(image))
+    return Pixels(image.shape[0] * image.shape[1], (round(r), round(g), round(b)), (rr, gg, bb))
 
 
 def jpeg(image: np.ndarray, quality: int) -> bytes:

@@ -40,7 +40,7 @@ def _lines(total: int, done: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, printed
         done += images
         now = time.monotonic()
-        if now - printed >= SECONDS_BETWEEN_LINES:
+        if now - printed >= SECONDS_BETWEEN_LINES or done == total:
             printed = now
             print(f"{done:,} of {total:,} images, {(done - first) / (now - start):,.0f} images/s", flush=True)
 

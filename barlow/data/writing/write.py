@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
@@ -26,11 +25,13 @@ from barlow.data.sources import Source, open_source
 from barlow.data.writing import beton, encode, plan, record
 from barlow.data.writing.encode import Encoded, Encoding, Pixels
 from barlow.data.writing.plan import Job, Request
-from barlow.data.writing.pool import InOrder, processes
+from barlow.data.writing.pool import DeadWorkerError, InOrder, processes
 from barlow.data.writing.progress import progress
 from barlow.errors import UserError
 
-CHUNK_BYTES = 1 << 21
+WORTH_A_WORKER = 64
+"""Fewer images than this do not pay for starting a process."""
+CHUNK_BYTES = 1 << 20
 """Raw pixels that a process handles in one go: enough that handing over costs little, not so much as to be long."""
 
 
@@ -49,7 +50,8 @@ def write(request: Request) -> shards.Index:
         jobs = plan.jobs(source, request.shards)
         counts = ", ".join(f"{split.name} {split.count:,}" for split in source.splits)
         print(f"{request.source}: {counts} images, {len(source.classes)} classes", flush=True)
-        workers = request.workers or len(os.sched_getaffinity(0))
+        useful = 1 + sum(job.count for job in jobs) // WORTH_A_WORKER
+        workers = min(request.workers or len(os.sched_getaffinity(0)), useful)
         with processes(workers, encode.one_thread, [encode.__name__]) as in_order:
             encoding = Encoding(plan.side(request, source, in_order), request.size is not None, request.jpeg_quality)
             few = plan.samples(source, encoding)
@@ -116,8 +118,8 @@ def _kept(out: Path, count: int, begun: record.Record) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         what = "no space left" if full else (error.strerror or str(error)).lower()
         raise UserError(f"writing {out}: {what}; {kept()}") from None
-    except BrokenProcessPool:
-        raise UserError(f"a writing process was killed (out of memory?): give fewer --workers; {kept()}") from None
+    except DeadWorkerError:
+        raise UserError(f"a worker process was killed (out of memory?): give fewer --workers; {kept()}") from None
     except KeyboardInterrupt:
         print(f"interrupted: {kept()}", file=sys.stderr)
         raise
@@ -135,8 +137,7 @@ def _write_all(in_order: InOrder, out: Path, jobs: list[Job], begun: record.Reco
     with progress(total, total - left) as advance:
         for job in todo:
             part = islice(encoded, -(-job.count // run))
-            begun.files[job.file] = _write_shard(out, job, encoding, part, advance)
-            begun.save(out)
+            _write_shard(out, job, encoding, part, begun, advance)
 
 
 def _calls(job: Job, run: int, encoding: Encoding) -> Iterator[tuple[Callable[..., Encoded], tuple[Any, ...]]]:
@@ -146,9 +147,17 @@ def _calls(job: Job, run: int, encoding: Encoding) -> Iterator[tuple[Callable[..
 
 
 def _write_shard(
-    out: Path, job: Job, encoding: Encoding, encoded: Iterable[Encoded], advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """The file's entry for index.json. Its hash is of what the file system gives back: the head is written last."""
+    out: Path,
+    job: Job,
+    encoding: Encoding,
+    encoded: Iterable[Encoded],
+    begun: record.Record,
+    advance: Callable[[int], None],
+) -> None:
+    """The hash is of what the file system gives back: the head is written last.
+
+    Recorded, then named: a file with its final name is never written twice.
+    """
     pixels = Pixels()
 
     def images() -> Iterator[tuple[list[int], bytes]]:
@@ -165,10 +174,16 @@ def _write_shard(
         beton.write(file, ids, labels, encoding.side, encoding.jpeg_quality is None, images())
         file.flush()
         os.fsync(file.fileno())
-    digest, size = shards.sha256(temporary), temporary.stat().st_size
+    begun.files[job.file] = {
+        "file": job.file,
+        "count": job.count,
+        "first_id": job.first_id,
+        "bytes": temporary.stat().st_size,
+        "sha256": shards.sha256(temporary),
+        "pixels": asdict(pixels),
+    }
+    begun.save(out)
     record.rename(temporary, out / job.file)
-    entry = {"file": job.file, "count": job.count, "first_id": job.first_id, "bytes": size, "sha256": digest}
-    return entry | {"pixels": asdict(pixels)}
 
 
 def _write_index(
@@ -179,7 +194,8 @@ def _write_index(
     for split in source.splits:
         mine = [job for job in jobs if job.split is split]
         names = f"{split.name}.names.txt"
-        record.replace_text(out / names, "".join(f"{name}\n" for name in split.names))
+        lines = (" ".join(name.splitlines()) for name in split.names)
+        record.replace_text(out / names, "".join(f"{line}\n" for line in lines))
         splits[split.name] = {
             "count": split.count,
             "first_id": mine[0].first_id,
