@@ -64,7 +64,7 @@ def _one_line(box: str, prog: str) -> str:
     message = " ".join(lines[: rules[0]] if rules else lines)
     message = re.sub(r"^Unrecognized options: ([^\s,]+).*", r"unknown flag \1", message)
     message = message[:1].lower() + message[1:].rstrip(".")
-    meant = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(lines))
+    meant = re.search(r"Perhaps you meant:\s*(--[^\s,]+)", " ".join(lines))
     if meant:
         message += f": did you mean {meant.group(1)}?"
     elif message.startswith("unknown flag") and not message.startswith("unknown flag --"):

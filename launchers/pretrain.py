@@ -14,7 +14,7 @@ from barlow.config import Data, Pretrain
 from barlow.data import order
 from barlow.data.shards import read_index
 from barlow.engine.run import folder_of, prepare, refuse_other_config
-from barlow.errors import one_line_errors
+from barlow.errors import UserError, one_line_errors
 from barlow.recipes import PRETRAIN
 from slurm import submit
 from slurm.cluster import Cluster
@@ -25,8 +25,12 @@ STAGE = "barlow.stages.pretrain"
 
 def main(argv: list[str]) -> int:
     recipe, config, cluster = cli.parse(argv, PRETRAIN, Cluster, "launchers/pretrain.py", __doc__ or "")
-    data = replace(config.data, dir=str(Path(config.data.dir).expanduser().resolve()))
-    config = replace(config, run=config.run or recipe, data=data)
+    config = replace(
+        config,
+        run=config.run or recipe,
+        data=replace(config.data, dir=absolute(config.data.dir)),
+        model=replace(config.model, init=absolute(config.model.init)),
+    )
     folder = folder_of(config)
     if cluster.dry_run:
         return submit.launch(STAGE, folder, cluster)
@@ -40,10 +44,17 @@ def main(argv: list[str]) -> int:
 
 def check(config: Pretrain, ranks: int) -> None:
     """What can be known to fail before a job is asked for."""
+    if config.model.init and not Path(config.model.init).exists():
+        raise UserError(f"--model.init: no checkpoint {config.model.init}: name a run folder or a .pt file")
     index = read_index(config.data.dir)
     count = sum(index.split(name).count for name in config.data.splits)
     order.steps_per_epoch(count, config.batch_size)
     order.share(config.batch_size, ranks)
+
+
+def absolute(path: str) -> str:
+    """What a job that runs elsewhere can find."""
+    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def make_shards(data: Data) -> None:

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,3 +89,23 @@ def _rank(pipe: Connection, rank: int, world_size: int, port: int, function: Cal
     pipe.close()
     if not answer[0]:
         dist.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards small enough to pretrain on in a test: 96 unlabeled, 48 train and 48 val shapes of 32 px."""
+    from PIL import Image
+
+    from barlow.data.shapes import CLASSES, render
+    from barlow.data.writing.plan import Request
+    from barlow.data.writing.write import write
+
+    root = tmp_path_factory.mktemp("tiny")
+    for split, first, count in (("unlabeled", 0, 96), ("train", 96, 48), ("val", 144, 48)):
+        for i in range(first, first + count):
+            pixels, label = render(i, 0, 32)
+            folder = root / "images" / split / ("" if split == "unlabeled" else CLASSES[label])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    write(Request(f"folder:{root / 'images'}", root / "shards", None, None, 2, 1, ()))
+    return root / "shards"

@@ -79,7 +79,7 @@ def main(run_folder: str) -> None:
         images, ids = batch.images.to(device, non_blocking=True), batch.ids.to(device, non_blocking=True)
         views = pair(images, ids, config.views, config.seed, at // plan.steps_per_epoch, *normal)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return model([view.to(memory_format=memory_format(device)) for view in views])
+            return model([view.to(memory_format=torch.channels_last) for view in views])
 
     def state() -> dict[str, Any]:
         return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config)}
@@ -136,11 +136,7 @@ def build(config: Pretrain, device: torch.device) -> BarlowTwins:
     """The network and its objective, initialised by the seed alone."""
     torch.manual_seed(config.seed)
     objective = BarlowTwins(backbones.build(config.model), config.objective, config.model.projector)
-    return objective.to(device).to(memory_format=memory_format(device))
-
-
-def memory_format(device: torch.device) -> torch.memory_format:
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    return objective.to(device).to(memory_format=torch.channels_last)  # the faster layout, on CPUs too
 
 
 def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
@@ -150,7 +146,7 @@ def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
     synchronise(objective)
     # DDP regroups its gradient buckets after the first step unless it looks for unused parameters. A ring's order of
     # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in the last bit.
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by a name that torch 2.9 lacks
     return DistributedDataParallel(
         objective,
         device_ids=[device.index] if device.type == "cuda" else None,

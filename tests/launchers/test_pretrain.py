@@ -1,0 +1,191 @@
+"""The command people run, for real: ranks as processes, killed and started again, and each bad input's one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = "--epochs 4 --batch-size 32 --log-every 1 --checkpoint.every-steps 3 --knn.every-epochs 0 --knn.no-baselines"
+TINY += " --data.source= --data.workers 1 --views.size 32 --model.width 0.125 --model.projector 32 32 --optim.warmup-epochs 1"
+TINY += " --optim.lr 0.2 --optim.eta 0.001 --optim.no-clip --optim.lr-biases 0.0005"
+
+
+def command(data: Path, runs: Path, *flags: str) -> list[str]:
+    words = [sys.executable, "launchers/pretrain.py", "shapes", *TINY.split(), "--data.dir", str(data), "--runs-dir", str(runs)]
+    return [*words, "--device", "cpu", *flags]
+
+
+def pretrain(data: Path, runs: Path, *flags: str, fine: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(command(data, runs, *flags), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert not fine or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    latest = json.loads((folder / "checkpoints" / "latest.json").read_text())
+    checkpoint = torch.load(folder / "checkpoints" / latest["file"], weights_only=True)
+    assert set(checkpoint) == {"model", "optimizer", "step", "config"}
+    return checkpoint["model"] | {f"momentum.{k}": v["momentum"] for k, v in checkpoint["optimizer"]["state"].items()}
+
+
+def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def ranks_of(folder: Path) -> dict[int, int]:
+    """The run's ranks that live on this machine: rank -> process."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            environment = dict(entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry)
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"slurm.job" in words:
+            found[int(environment.get(b"RANK", b"-1"))] = int(process.name)
+    return found
+
+
+def kill_rank_after(rank: int, step: int, folder: Path, started: subprocess.Popen) -> None:
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four ranks that nothing happens to."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    pretrain(tiny_data, runs, "--run", "four", "--cluster", "local", "--nodes", "4")
+    return runs / "four"
+
+
+@pytest.mark.slow
+def test_one_rank_has_the_loss_curve_of_four(tiny_data: Path, tmp_path: Path, undisturbed: Path) -> None:
+    pretrain(tiny_data, tmp_path, "--run", "one", "--cluster", "local")
+    one, four = losses(tmp_path / "one"), losses(undisturbed)
+    assert len(one) == len(four) == 12
+    assert max(abs(a - b) / a for a, b in zip(one, four, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_the_same_command_ends_bit_identical(
+    tiny_data: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    flags = ("--run", "killed", "--cluster", "local", "--nodes", "4")
+    started = subprocess.Popen(command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    kill_rank_after(2, 5, tmp_path / "killed", started)
+    told, _ = started.communicate(timeout=60)
+    assert started.returncode == 1
+    assert b"rank 2 was killed by SIGKILL" in told
+    assert not ranks_of(tmp_path / "killed")
+    assert len(losses(tmp_path / "killed")) < 12
+
+    pretrain(tiny_data, tmp_path, *flags)
+    assert identical(weights(tmp_path / "killed"), weights(undisturbed))
+    assert losses(tmp_path / "killed") == losses(undisturbed)
+    status = json.loads((tmp_path / "killed" / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempts"]) == ("finished", 12, 2)
+
+
+@pytest.mark.slow
+def test_told_to_stop_it_saves_and_goes_on_with_fewer_ranks(tiny_data: Path, tmp_path: Path, undisturbed: Path) -> None:
+    flags = ("--run", "told", "--cluster", "local")
+    started = subprocess.Popen(
+        command(tiny_data, tmp_path, *flags, "--nodes", "4", "--checkpoint.every-steps", "100"), cwd=ROOT, stdout=subprocess.PIPE
+    )
+    metrics, deadline = tmp_path / "told" / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(ranks_of(tmp_path / "told")[3], signal.SIGUSR2)
+    started.communicate(timeout=60)
+    status = json.loads((tmp_path / "told" / "status.json").read_text())
+    assert status["state"] == "preempted", status
+    assert status["step"] >= 4
+
+    pretrain(tiny_data, tmp_path, *flags, "--nodes", "2", "--checkpoint.every-steps", "100")
+    ours, theirs = losses(tmp_path / "told"), losses(undisturbed)
+    assert len(ours) == 12
+    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+@pytest.mark.slow
+def test_knn_and_its_baselines_end_in_results(tiny_data: Path, tmp_path: Path) -> None:
+    flags = ("--epochs", "2", "--knn.every-epochs", "1", "--knn.baselines", "--run", "knn", "--cluster", "local")
+    pretrain(tiny_data, tmp_path, *flags)
+    results = json.loads((tmp_path / "knn" / "results.json").read_text())
+    assert {"knn_top1", "knn_top1_pixels", "knn_top1_untrained"} <= set(results)
+    assert all(0 <= results[name] <= 100 for name in results if name.startswith("knn"))
+    rows = [json.loads(line) for line in (tmp_path / "knn" / "metrics.jsonl").read_text().splitlines()]
+    assert ["knn_top1" in row for row in rows] == [False, False, True, False, False, False]
+    assert list((tmp_path / "knn" / "tensorboard").iterdir())
+    again = pretrain(tiny_data, tmp_path, *flags)  # nothing left to do: says so, changes nothing
+    assert "finished" in again.stdout
+    assert json.loads((tmp_path / "knn" / "results.json").read_text()) == results
+
+
+def one_line(done: subprocess.CompletedProcess, told: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    assert told in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--data.dir nowhere", "no such folder"),
+        ("--data.splits train test", "no split 'test'"),
+        ("--batch-size 30 --nodes 4 --cluster local", "batch size 30 is not divisible by 4 ranks: give --batch-size 28 or 32"),
+        ("--batch-size 4096", "batch size 4096 is larger than the data"),
+        ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
+        ("--optim.lr fast", "--optim.lr"),
+        ("--model.init nothing.pt", "--model.init: no checkpoint "),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_starts(tiny_data: Path, tmp_path: Path, flags: str, told: str) -> None:
+    one_line(pretrain(tiny_data, tmp_path, *flags.split(), fine=False), told)
+    assert not (tmp_path / "shapes" / "status.json").exists()
+
+
+def test_an_unknown_recipe(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "launchers/pretrain.py", "shape"], cwd=ROOT, capture_output=True, text=True)
+    one_line(done, "no recipe 'shape' (did you mean shapes?)")
+
+
+def test_a_shard_cut_short_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tiny_data, cut)
+    shard = next(cut.glob("unlabeled*.beton"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    one_line(pretrain(cut, tmp_path, fine=False), shard.name)
+
+
+@pytest.mark.slow
+def test_another_config_or_architecture_is_refused(tiny_data: Path, tmp_path: Path, undisturbed: Path) -> None:
+    done = pretrain(tiny_data, undisturbed.parent, "--run", "four", "--optim.lr", "0.9", fine=False)
+    one_line(done, "run 'four' exists with another config (optim.lr ")
+    done = pretrain(tiny_data, tmp_path, "--model.init", str(undisturbed), "--model.backbone", "resnet34", fine=False)
+    one_line(done, "is of another architecture (backbone.layer1.2")
