@@ -18,6 +18,7 @@ from torch import Tensor
 
 from barlow.data.decode import Samples, compile_decode, map_file, read_samples
 from barlow.data.shards import Index
+from barlow.errors import UserError
 
 AHEAD = 3
 """Batches in the making while the consumer works on another."""
@@ -52,6 +53,8 @@ class Loader:
         self.workers = workers or share_of_cores()
         self.pin = pin
         self.shards = [shard for split in splits for shard in index.split(split).files]
+        if not self.shards:
+            raise UserError(f"no split to read from {index.folder}: choose of {', '.join(index.splits)}")
         self.ends = np.cumsum([shard.count for shard in self.shards])  # the position after each shard's last
         self.files = [map_file(shard.path) for shard in self.shards]
         read = [
@@ -118,8 +121,8 @@ class Loader:
         return Started(Batch(images, labels, ids), [threads.submit(self._decode, *part) for part in parts])
 
     def _memory(self, n: int, spare: deque[np.ndarray]) -> Tensor:
-        """Room for n images. Memory of an earlier batch serves again once no tensor or view of it is left: new memory would
-        cost a tenth of what decoding does. (Pinned memory torch itself keeps for later use.)
+        """Room for n images. Memory of an earlier batch serves again once no tensor or view of it is left: new memory
+        would cost a tenth of what decoding does. (Pinned memory torch itself keeps for later use.)
         """
         shape = (n, self.size, self.size, 3)
         if self.pin:

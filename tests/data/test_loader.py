@@ -385,6 +385,8 @@ def test_what_is_not_the_shard_of_the_index_is_refused(raw: Folder, jpeg: Folder
     expect("not a shard of this project", replace(shard, path=tmp_path / "text.beton"))
     with pytest.raises(UserError, match="no split 'test'"):
         Loader(train, ["test"])
+    with pytest.raises(UserError, match="no split to read from"):
+        Loader(train, [])
 
 
 def test_many_threads_ask_for_batches(jpeg: Folder) -> None:
