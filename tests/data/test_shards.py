@@ -62,7 +62,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def raw(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Index:
     out = tmp_path_factory.mktemp("raw") / "out"
-    return write(Request(f"folder:{images}", out, jpeg_quality=None, shards=3, workers=2))
+    return write(Request(f"folder:{images}", out, jpeg_quality=None, shards=2, workers=2))
 
 
 def originals(images: Path, index: Index) -> dict[str, np.ndarray]:
@@ -143,7 +143,7 @@ def test_ffcv_reads_raw_shards_exactly(images: Path, raw: Index) -> None:
     expected = originals(images, raw)
     next_id = 0
     for name, split in raw.splits.items():
-        assert [shard.path.name for shard in split.files] == [f"{name}-{i:04d}-of-0003.beton" for i in range(3)]
+        assert [shard.path.name for shard in split.files] == [f"{name}-{i:04d}-of-0002.beton" for i in range(2)]
         assert split.first_id == next_id
         parts = [ffcv_reads(shard.path) for shard in split.files]
         pixels, labels, ids = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -401,7 +401,7 @@ def test_space_is_reckoned_first(images: Path, raw: Index, tmp_path: Path, monke
         free = written - 1
 
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: Usage)
-    request = Request(f"folder:{images}", tmp_path / "out", jpeg_quality=None, shards=3, workers=1)
+    request = Request(f"folder:{images}", tmp_path / "out", jpeg_quality=None, shards=2, workers=1)
     with pytest.raises(UserError, match="no space for"):
         write(request)
     assert not (tmp_path / "out").exists()
@@ -450,7 +450,7 @@ def test_verify_finds_nothing_wrong_with_what_was_written(raw: Index) -> None:
 @pytest.mark.parametrize("place", [0, 30, 2000, -1])
 def test_verify_names_a_file_with_one_flipped_bit(place: int, raw: Index, tmp_path: Path) -> None:
     copy(raw, tmp_path / "x")
-    path = tmp_path / "x" / "train-0001-of-0003.beton"
+    path = tmp_path / "x" / "train-0001-of-0002.beton"
     content = bytearray(path.read_bytes())
     content[place] ^= 4
     path.write_bytes(content)
@@ -460,17 +460,17 @@ def test_verify_names_a_file_with_one_flipped_bit(place: int, raw: Index, tmp_pa
 
 def test_a_file_cut_short_or_missing_or_too_long(raw: Index, tmp_path: Path) -> None:
     copy(raw, tmp_path / "x")
-    path = tmp_path / "x" / "val-0002-of-0003.beton"
+    path = tmp_path / "x" / "val-0001-of-0002.beton"
     content = path.read_bytes()
     path.write_bytes(content[:-1000])
     assert "cut short" in problems(tmp_path / "x")[path.name]
-    with pytest.raises(UserError, match=r"val-0002-of-0003.beton: the shard is cut short"):
+    with pytest.raises(UserError, match=r"val-0001-of-0002.beton: the shard is cut short"):
         read_index(tmp_path / "x")
     path.write_bytes(content + b"x")
     assert "too long" in problems(tmp_path / "x")[path.name]
     path.unlink()
     assert "missing" in problems(tmp_path / "x")[path.name]
-    with pytest.raises(UserError, match=r"val-0002-of-0003.beton: the shard is missing"):
+    with pytest.raises(UserError, match=r"val-0001-of-0002.beton: the shard is missing"):
         read_index(tmp_path / "x")
 
 
@@ -487,14 +487,14 @@ def test_verify_compares_the_index_with_the_files(raw: Index, tmp_path: Path) ->
 
     assert with_index() == {}
     assert all("other sizes" in problem for problem in with_index(size=47).values())
-    assert "labels from 0 to 1" in with_index(classes=["ant"])["train-0001-of-0003.beton"]
+    assert "labels from 1 to 1" in with_index(classes=["ant"])["train-0001-of-0002.beton"]
     assert "15 labels announced, 14 found" in with_train(labeled=15)["index.json"]
     assert "has 14 of 15" in with_train(count=15)["index.json"]
     assert "begins at id 24, not 23" in with_train(first_id=24)["index.json"]
-    swapped = with_train(files=[train["files"][1], train["files"][0], train["files"][2]])
-    assert "ids are not 23 to 27" in swapped["train-0001-of-0003.beton"]
+    swapped = with_train(files=train["files"][::-1])
+    assert "ids are not 23 to 29" in swapped["train-0001-of-0002.beton"]
     fewer = [train["files"][0] | {"count": 3}, *train["files"][1:]]
-    assert "4 samples, the index says 3" in with_train(files=fewer)["train-0000-of-0003.beton"]
+    assert "7 samples, the index says 3" in with_train(files=fewer)["train-0000-of-0002.beton"]
     (tmp_path / "x" / "train.names.txt").write_text("one\n")
     assert with_index()["train.names.txt"] == "1 names for 14 samples"
 
