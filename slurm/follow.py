@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from slurm.local import show_failure
-from slurm.states import State, job_state, merge_status, read_failure, read_status
+from slurm.states import State, job_state, merge_status, read_failure, read_status, record_killed
 
 EVERY = 0.5  # seconds between two looks at the log
 ASK_EVERY = 2.0  # seconds between two questions to slurmctld
@@ -60,23 +60,29 @@ def report(folder: Path, job: str, state: State) -> int:
     finished = read_status(folder).get("state") == "finished"
     if state.name == "COMPLETED" or (finished and state.name in ("", "RUNNING", "COMPLETING")):
         return 0
-    killed = "" if state.name == "CANCELLED" else killed_rank(folder, job)
-    failure = read_failure(folder, f"{job}.")
-    why = killed or f"job {job} ended: {state or 'SLURM has forgotten it'}"
-    if failure and not killed:
+    by_itself = state.name in ("FAILED", "OUT_OF_MEMORY", "")  # not cancelled, at its time limit, off a lost node
+    failure = read_failure(folder, f"{job}.") if by_itself else {}
+    if killed := killed_rank(folder, job) if by_itself else None:
+        rank, host, how = killed
+        record_killed(folder, str(failure.get("attempt", f"{job}.0")), rank, host, how)
+        why = f"rank {rank} on {host} {how}"
+    elif failure:
         return show_failure(failure)
-    if not finished:
-        merge_status(folder, state="cancelled" if state.name == "CANCELLED" else "failed", why=why)
+    else:
+        why = f"job {job} ended: {state if state.name else 'SLURM has forgotten it'}"
+        if not finished:
+            merge_status(folder, state="cancelled" if state.name == "CANCELLED" else "failed", why=why)
     print(f"{why}; logs: {folder / 'logs'}", file=sys.stderr)
     return 1
 
 
-def killed_rank(folder: Path, job: str) -> str:
-    """The rank whose death by a signal began the end, as srun tells it; empty if it began with another end."""
+def killed_rank(folder: Path, job: str) -> tuple[int, str, str] | None:
+    """Rank, node and how, if the end began with a rank's death by a signal, as srun tells it; none if otherwise."""
     log = folder / "logs" / "submitit" / f"{job}_0_log.out"
     last_attempt = RESTART.split(log.read_text(errors="replace"))[-1] if log.exists() else ""
     first = ENDED.search(last_attempt)
     if first is None or first.group(3).startswith("Exited with exit code"):
-        return ""
+        return None
     name = {signal.strsignal(number): f"killed by {number.name}" for number in signal.Signals}.get(first.group(3))
-    return f"rank {first.group(2)} on {first.group(1)} was {name or 'ended: ' + first.group(3)}"
+    rank = int(re.split("[,-]", first.group(2))[0])
+    return rank, first.group(1), f"was {name or 'ended: ' + first.group(3)}"

@@ -17,7 +17,7 @@ from types import FrameType
 
 from barlow.errors import UserError
 from slurm.job import STOPPED
-from slurm.states import merge_status, read_failure, read_status
+from slurm.states import merge_status, read_failure, read_status, record_killed
 
 GRACE = 5.0  # seconds between asking a rank to end and killing it
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -227,10 +227,11 @@ def report(folder: Path, attempt: str, ended: Sequence[Ended]) -> int:
         return show_failure(failure)
     if bad:
         rank, code = bad[0].rank, bad[0].code
-        why = f"rank {rank} " + (f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}")
+        why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         with contextlib.suppress(OSError):  # without space left there is nothing to leave
-            merge_status(folder, state="failed", why=why)
-        print(why + (f"; its log: {folder / 'logs' / f'rank_{rank}.log'}" if rank else ""), file=sys.stderr)
+            record_killed(folder, attempt, rank, socket.gethostname(), why)
+        log = f"; its log: {folder / 'logs' / f'rank_{rank}.log'}" if rank else ""
+        print(f"rank {rank} {why}{log}", file=sys.stderr)
         return 2 if code == 2 else 1
     if ended[-1].code == STOPPED:
         print("stopped as told, and saved: the same command goes on from there", file=sys.stderr)

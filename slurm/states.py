@@ -62,7 +62,8 @@ def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback:
     """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    failure = {"attempt": attempt, "rank": rank, "host": node_name(), "error": error}
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error}
     failure |= {"traceback": traceback, "exit_code": exit_code}
     try:
         with open(logs / f"failure-{attempt}.json", "x") as claim:
@@ -70,8 +71,15 @@ def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback:
     except FileExistsError:
         return False
     write_json(logs / "failure.json", failure)
-    merge_status(folder, state="failed", why=f"rank {rank} on {failure['host']}: {error}")
+    merge_status(folder, state="failed", why=f"rank {rank} on {host}: {error}")
     return True
+
+
+def record_killed(folder: Path, attempt: str, rank: int, host: str, error: str) -> None:
+    """The same for a rank that could not: it was killed, and what others said of it is no cause but a consequence."""
+    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "traceback": "", "exit_code": 1}
+    write_json(folder / "logs" / "failure.json", failure)
+    merge_status(folder, state="failed", why=f"rank {rank} on {host} {error}")
 
 
 def read_failure(folder: Path, attempt: str) -> dict[str, Any]:
@@ -79,10 +87,6 @@ def read_failure(folder: Path, attempt: str) -> dict[str, Any]:
     failure = read_json(folder / "logs" / "failure.json")
     found = str(failure.get("attempt", ""))
     return failure if found == attempt or (attempt.endswith(".") and found.startswith(attempt)) else {}
-
-
-def node_name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def read_json(path: Path) -> dict[str, Any]:

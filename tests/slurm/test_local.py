@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def test_killed_rank_is_named(make_run: MakeRun, run: Run) -> None:
     assert code == 1
     assert err.startswith("rank 2 was killed by SIGKILL")
     assert len(err.splitlines()) == 1
-    assert status(folder) == ("failed", "rank 2 was killed by SIGKILL")
+    assert status(folder) == ("failed", f"rank 2 on {socket.gethostname()} was killed by SIGKILL")
+    assert json.loads((folder / "logs" / "failure.json").read_text())["rank"] == 2  # not what the others said of it
     assert not any(map(alive, pids(folder)))
 
 

@@ -133,6 +133,7 @@ def test_killed_rank_ends_all_and_is_named(real_slurm: Path, make_run: MakeRun, 
     assert code == 1
     assert err == f"rank 2 on n3 was killed by SIGKILL; logs: {folder / 'logs'}\n"
     assert read_status(folder)["state"] == "failed"
+    assert json.loads((folder / "logs" / "failure.json").read_text())["error"] == "was killed by SIGKILL"
 
 
 @needs_slurm
