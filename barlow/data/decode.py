@@ -1,4 +1,4 @@
-"""What a shard says of its samples, and pixels from their bytes: FFCV's file layout and decoder, without its package.
+"""What a shard says of its samples, and pixels from their bytes: FFCV's files and FFCV's decoder, without its package.
 
 The package stays outside because importing it sets the thread counts of torch and numba for the whole process and takes
 seconds; its Loader reads one file only, hangs when a worker fails and never looks at what the decoder answers.
@@ -17,20 +17,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from barlow.data.layout import FIELD, FIELDS, HEADER, JPEG, PLACE, RAW, SAMPLE, VERSION
 from barlow.errors import UserError
-
-JPEG, RAW = 0, 1
-
-# The layout of an FFCV file, version 2: header, fields, a row a sample, pages of images, a row for each one's place.
-VERSION = 2
-HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("places", "<u8")], align=True
-)
-FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
-IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("start", "<u8")])
-SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("id", "<i8")], align=True)
-PLACE = np.dtype([("sample", "<u8"), ("start", "<u8"), ("bytes", "<u8")])
-FIELDS = [(2, b"image"), (1, b"label"), (1, b"id")]  # FFCV's numbers: 1 an integer, 2 an image
 
 
 class Samples(NamedTuple):
@@ -65,7 +53,7 @@ def read_samples(file: np.ndarray, path: Path, count: int, first_id: int, size: 
 
     header = rows(HEADER, 0, 1)[0]
     fields = rows(FIELD, HEADER.itemsize, len(FIELDS))
-    names = [(int(field["type"]), field["name"].tobytes().rstrip(b"\0")) for field in fields]
+    names = tuple((int(field["type"]), field["name"].tobytes().rstrip(b"\0")) for field in fields)
     ours = header["version"] == VERSION and header["fields"] == len(FIELDS) and names == FIELDS
     require(ours, "not a shard of this project")
     require(header["samples"] == count, f"holds {header['samples']} samples, not {count} as index.json says")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from barlow.data import decode as ffcv_file
+from barlow.data import layout
+from barlow.data.decode import compile_decode
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,11 +21,11 @@ def threads_of_torch() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def layout(dtype: np.dtype) -> list[tuple[int, object]]:
+def numbers(dtype: np.dtype) -> list[tuple[int, object]]:
     """Offsets and types down to the single numbers, without the names."""
     if dtype.fields is None:
         return [(0, dtype)]
-    return [(field[1] + at, kind) for field in dtype.fields.values() for at, kind in layout(field[0])]
+    return [(field[1] + at, kind) for field in dtype.fields.values() for at, kind in numbers(field[0])]
 
 
 def test_the_layout_is_ffcvs() -> None:
@@ -33,23 +34,23 @@ def test_the_layout_is_ffcvs() -> None:
 
     sample = types.get_metadata_type([RGBImageField(), IntField(), IntField()])
     theirs = [types.HeaderType, types.FieldDescType, types.ALLOC_TABLE_TYPE, sample]
-    ours = [ffcv_file.HEADER, ffcv_file.FIELD, ffcv_file.PLACE, ffcv_file.SAMPLE]
+    ours = [layout.HEADER, layout.FIELD, layout.PLACE, layout.SAMPLE]
     for a, b in zip(ours, theirs, strict=True):
         assert a.itemsize == b.itemsize
-        assert layout(a) == layout(b)
-    assert ffcv_file.VERSION == types.CURRENT_VERSION
-    assert [types.TYPE_ID_HANDLER[number] for number, _ in ffcv_file.FIELDS] == [RGBImageField, IntField, IntField]
+        assert numbers(a) == numbers(b)
+    assert layout.VERSION == types.CURRENT_VERSION
+    assert [types.TYPE_ID_HANDLER[number] for number, _ in layout.FIELDS] == [RGBImageField, IntField, IntField]
     from ffcv.fields.rgb_image import IMAGE_MODES
 
-    assert dict(IMAGE_MODES) == {"jpg": ffcv_file.JPEG, "raw": ffcv_file.RAW}
+    assert dict(IMAGE_MODES) == {"jpg": layout.JPEG, "raw": layout.RAW}
 
 
-def decode(data: np.ndarray, height: int = 64, width: int = 96, mode: int = ffcv_file.JPEG) -> tuple[int, np.ndarray]:
+def decode(data: np.ndarray, height: int = 64, width: int = 96, mode: int = layout.JPEG) -> tuple[int, np.ndarray]:
     """What decode() answers, and the image; fails if it wrote anywhere else."""
     around = np.full((height * 3, width, 3), 77, np.uint8)
     images = around[height : 2 * height][None]
     address, size, modes = np.array([data.ctypes.data]), np.array([data.size]), np.array([mode], np.uint8)
-    answer = ffcv_file.compile_decode()(address, size, modes, images)
+    answer = compile_decode()(address, size, modes, images)
     assert (around[:height] == 77).all()
     assert (around[2 * height :] == 77).all()
     return answer, images[0]
@@ -70,7 +71,7 @@ def test_decodes_rgb_of_any_shape(picture: np.ndarray, encoded: np.ndarray) -> N
     answer, image = decode(encoded)
     assert answer == -1
     assert np.abs(image.astype(int) - picture).mean() < 6
-    answer, image = decode(picture.reshape(-1), mode=ffcv_file.RAW)
+    answer, image = decode(picture.reshape(-1), mode=layout.RAW)
     assert answer == -1
     np.testing.assert_array_equal(image, picture)
 
@@ -80,7 +81,7 @@ def test_answers_with_the_first_that_failed(encoded: np.ndarray) -> None:
     data = [encoded, encoded, broken, encoded, broken]
     addresses, sizes = np.array([d.ctypes.data for d in data]), np.array([d.size for d in data])
     images = np.empty((5, 64, 96, 3), np.uint8)
-    run = ffcv_file.compile_decode()
+    run = compile_decode()
     assert run(addresses, sizes, np.zeros(5, np.uint8), images) == 2
     assert run(addresses[3:], sizes[3:], np.zeros(2, np.uint8), images[3:]) == 1
     assert run(addresses[:2], sizes[:2], np.zeros(2, np.uint8), images[:2]) == -1
