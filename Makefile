@@ -21,7 +21,8 @@ check:
 	@.venv/bin/mypy
 	@$(python) -m pytest -q -m "not slow and not slurm"
 
-cluster-up: setup
+cluster-up:
+	@./setup.sh test
 	@$(python) -m slurm.devcluster up
 
 cluster-down:

@@ -86,7 +86,7 @@ def fit(
         if save or stopping:
             refuse_non_finite(optimizer, done)
             if dist.rank() == 0:
-                recorder.sync()  # every step a checkpoint holds has its row on disk
+                recorder.saving(done)
                 checkpoints.save(done, state())
         if stopping and done < plan.steps:
             checkpoints.wait()

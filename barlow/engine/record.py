@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from barlow.engine.run import write_status
 
 
 class Recorder:
@@ -21,6 +23,8 @@ class Recorder:
         self.rank = rank
         self.steps = steps
         self._log = open(folder / "logs" / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115  (closed in close)
+        self._prints = rank == 0 and not is_file(sys.stdout, self._log)  # a cluster sends stdout into this very log
+        self._folder = folder
         self._progress: Progress | None = None
         self._pace: float | None = None  # seconds a step, smoothed
         self._last = (start, time.perf_counter())
@@ -41,7 +45,7 @@ class Recorder:
     def say(self, line: str) -> None:
         """One line for people: into the rank's log, and from rank 0 to the terminal."""
         self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        if self.rank > 0:
+        if not self._prints:
             return
         if self._progress is not None:
             self._progress.console.print(line, highlight=False, markup=False)
@@ -73,9 +77,10 @@ class Recorder:
         left = time.strftime("%H:%M:%S", time.gmtime(self._pace * (self.steps - step)))
         self.say(f"step {step}/{self.steps}  epoch {row['epoch']:.1f}  {told}  left {left}")
 
-    def sync(self) -> None:
-        """Every row written so far survives a crash of the machine."""
+    def saving(self, step: int) -> None:
+        """Before a checkpoint: the rows of its steps survive a crash of the machine, and status.json has its step."""
         os.fsync(self._metrics.fileno())
+        write_status(self._folder, step=step)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -85,6 +90,13 @@ class Recorder:
             self._metrics.close()
             self._board.close()
         self._log.close()
+
+
+def is_file(stream: IO[str], file: IO[str]) -> bool:
+    try:
+        return os.path.sameopenfile(stream.fileno(), file.fileno())
+    except (OSError, ValueError):  # a stream that is no file
+        return False
 
 
 def cut_after(metrics: Path, step: int) -> None:

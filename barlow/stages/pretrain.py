@@ -117,6 +117,8 @@ def choose_device(asked: str) -> torch.device:
         raise UserError("--device cuda: torch sees no GPU here; give --device cpu or auto")
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if dist.local_rank() >= torch.cuda.device_count():
+        raise UserError(f"more ranks on a machine than its {torch.cuda.device_count()} GPUs: give --gpus-per-node what it has")
     return torch.device("cuda", dist.local_rank())
 
 
