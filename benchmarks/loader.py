@@ -3,7 +3,7 @@
     python benchmarks/loader.py [--quick] [--threads 1 2]
 
 Writes the shapes (96 px, JPEG of quality 95 and raw) to a temporary folder and lets both loaders, in turns, bring
-random batches of 512 to a consumer that does nothing; then takes the time from starting Python to the first batch. Four
+random batches of 512 to a consumer that does nothing; then takes the time from starting Python to the first batch. Five
 minutes, 160 MB of disk; the result replaces benchmarks/results/loader.csv. --quick: one minute, and writes no file.
 """
 
