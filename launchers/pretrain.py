@@ -1,6 +1,6 @@
 """python launchers/pretrain.py [RECIPE] [--nodes N] [--cluster auto|slurm|local] [--run NAME] [--dry-run] [--follow]
 
-Pretrains a backbone without labels: here, or on N nodes of a SLURM cluster. The same command again goes on with the run.
+Pretrains a backbone without labels: here, or on N nodes of a SLURM cluster. The same command again goes on with it.
 Without a recipe: the embedded `shapes` set, about two minutes on two cores. --help lists every flag."""
 
 import shlex

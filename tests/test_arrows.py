@@ -13,7 +13,14 @@ EVERYWHERE = {"barlow.config", "barlow.errors", "barlow.dist"}
 MAY = {
     "launchers": {"barlow.cli", "barlow.recipes", "barlow.stages", "barlow.data", "barlow.engine.run", "slurm"},
     "barlow/recipes": set(),
-    "barlow/stages": {"barlow.engine", "barlow.objectives", "barlow.models", "barlow.data", "barlow.optim", "barlow.viz"},
+    "barlow/stages": {
+        "barlow.engine",
+        "barlow.objectives",
+        "barlow.models",
+        "barlow.data",
+        "barlow.optim",
+        "barlow.viz",
+    },
     "barlow/engine": {"barlow.optim"},
     "barlow/objectives": {"barlow.models"},
     "barlow/models": set(),
@@ -24,7 +31,9 @@ MAY = {
     "barlow/dist.py": set(),
     "barlow/errors.py": set(),
 }
-FILES = [path for room in ("barlow", "slurm", "launchers", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
+FILES = [
+    path for room in ("barlow", "slurm", "launchers", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -38,6 +47,10 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def dotted(room: str) -> str:
+    return room.removesuffix(".py").replace("/", ".")
+
+
 def within(name: str, rooms: set[str]) -> bool:
     return any(name == room or name.startswith(room + ".") for room in rooms)
 
@@ -45,7 +58,9 @@ def within(name: str, rooms: set[str]) -> bool:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path: Path) -> None:
     here = path.relative_to(ROOT)
-    ours = {name for name in imports(path) if name.split(".")[0] in ("barlow", "slurm", "launchers", "benchmarks", "tests")}
+    ours = {
+        name for name in imports(path) if name.split(".")[0] in ("barlow", "slurm", "launchers", "benchmarks", "tests")
+    }
     assert not {name for name in ours if name.split(".")[0] in ("tests", "launchers")}
     if here.parts[0] == "benchmarks":
         return
@@ -55,14 +70,14 @@ def test_imports_go_one_way(path: Path) -> None:
         roots = {name.split(".")[0] for name in imports(path)} - {"slurm", "barlow"}
         assert roots <= set(sys.stdlib_module_names) | {"submitit", "tomli"}, roots
         return
-    room = max((room for room in MAY if within(".".join(here.with_suffix("").parts), {room.removesuffix(".py").replace("/", ".")})),
-               key=len, default=None)  # fmt: skip
+    module = ".".join(here.with_suffix("").parts)
+    rooms = [room for room in MAY if within(module, {dotted(room)})]
+    room = max(rooms, key=len, default=None)
     if room is None:
         assert here.name == "__init__.py"
         assert not ours
         return
-    own = room.removesuffix(".py").replace("/", ".")
-    wrong = {name for name in ours if not within(name, EVERYWHERE | MAY[room] | {own})}
+    wrong = {name for name in ours if not within(name, EVERYWHERE | MAY[room] | {dotted(room)})}
     assert not wrong, wrong
 
 

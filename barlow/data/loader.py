@@ -150,7 +150,10 @@ class Loader:
 
 
 def share_of_cores() -> int:
-    """The cores this process may use, divided among the ranks of this machine."""
+    """The cores of this rank: as many as its threads were told to be, else an equal share of what the process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    if told.isdigit() and int(told) > 0:
+        return int(told)
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 

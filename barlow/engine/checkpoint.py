@@ -1,7 +1,7 @@
-"""Checkpoints: written whole or not at all, off the training thread, verified by hash; the newest that verifies is used.
+"""Checkpoints: written whole or not at all, off the training thread, verified by hash; the newest good one is used.
 
-A checkpoint is `step-N.pt`, a dict that `torch.load(..., weights_only=True)` reads, and beside it `step-N.json` with its
-size and hash; `latest.json` names the newest good one."""
+A checkpoint is `step-N.pt`, a dict that `torch.load(..., weights_only=True)` reads, and beside it `step-N.json` with
+its size and hash; `latest.json` names the newest good one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def load(path: Path) -> dict[str, Any]:
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Put `weights` into `module`; another architecture is refused with the first entry that does not fit."""
     for name, faults in _misfits(module.state_dict(), weights):
-        raise UserError(f"checkpoint {origin} is of another architecture ({name}: {faults}): choose the --model it was made with")
+        raise UserError(
+            f"checkpoint {origin} is of another architecture ({name}: {faults}): choose the --model it was made with"
+        )
     module.load_state_dict(weights)
 
 

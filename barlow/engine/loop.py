@@ -1,7 +1,7 @@
 """The only training loop. A stage hands it `step(batch, at) -> (loss, metrics)`; there is nothing to override.
 
-Steps are counted from 0 over the whole run; `done` steps have been made when step done-1 has been applied. The loop looks
-at numbers on the host only every `log_every` steps, so a GPU never waits for a print."""
+Steps are counted from 0 over the whole run; `done` steps have been made when step done-1 has been applied. The loop
+looks at numbers on the host only every `log_every` steps, so a GPU never waits for a print."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def fit(
     evaluate: Callable[[], Iterable[tuple[str, float]]],
 ) -> None:
     """Train from step `start` to the plan's end. `batches` must begin at `start`; `rates` gives each parameter group's
-    learning rate at a step. Saves by the plan and at the end; leaves with Preempted, saved, when any rank was told to."""
+    learning rate at a step. Saves by the plan and at the end; when any rank was told to stop, saves and raises
+    Preempted."""
     pending: list[tuple[int, Tensor, Mapping[str, Tensor], float, float]] = []
     clock = time.perf_counter()
     for at in range(start, plan.steps):
@@ -97,7 +98,7 @@ def fit(
 def settle(
     pending: Sequence[tuple[int, Tensor, Mapping[str, Tensor], float, float]], plan: Plan, seconds: float
 ) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl for the steps since the last look, as plain numbers, up to the first loss that is not finite."""
+    """Rows of metrics.jsonl for the steps since the last look, as plain numbers, up to a loss that is not finite."""
     rows: list[dict[str, Any]] = []
     for done, loss, metrics, lr, waited in pending:
         value = float(loss)

@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Remembers the first stop signal of this process. Handlers only set a flag: the loop saves and leaves by itself."""
+    """Remembers the first stop signal of this process. Handlers only set a flag: the loop saves and leaves."""
 
     def __init__(self) -> None:
         self.signal = ""

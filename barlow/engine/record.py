@@ -37,7 +37,12 @@ class Recorder:
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
         if sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn()
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[told]}"),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=Console())
             self._bar = self._progress.add_task("pretrain", total=steps, completed=start, told="")
             self._progress.start()
@@ -65,7 +70,8 @@ class Recorder:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         step, now = row["step"], time.perf_counter()
-        told = f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['images_per_sec']:,.0f} images/s  wait {row['data_wait']:.3f} s"
+        told = f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['images_per_sec']:,.0f} images/s"
+        told += f"  wait {row['data_wait']:.3f} s"
         told += "".join(f"  {name} {value:.2f}" for name, value in row.items() if name.startswith("knn"))
         if self._progress is not None:
             self._log.write(f"step {step}  {told}\n")

@@ -1,4 +1,4 @@
-"""The run folder: what a person asks of a run is answered by a file in it. Torch-free, for launchers and ranks alike."""
+"""The run folder: what a person asks of a run is answered by a file in it. Torch-free, for launchers and ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """k nearest neighbours on frozen features: how good is what was learned, with nothing more to train.
 
-An image votes for its class with exp(cosine / temperature); images whose label is missing (-1) neither vote nor count."""
+An image votes for its class with exp(cosine / temperature); images without a label (-1) neither vote nor count."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def features(
     for part in loader.batches(np.split(mine, range(batch, len(mine), batch))):
         images = part.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # [n, 3, h, w]
         if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(
+                0, 1
+            )
         found.append(encode((images - mean) / std).float())
         labels.append(part.labels.to(device))
     whole = dist.gather(torch.cat(found))[: len(loader)]

@@ -1,6 +1,6 @@
 """python -m barlow.stages.pretrain RUN_FOLDER: Barlow Twins pretraining, as every rank runs it.
 
-Takes the config from the run folder, starts from its newest good checkpoint if there is one, and leaves results.json."""
+Takes the config from the run folder, starts from its newest good checkpoint if there is one, leaves results.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from barlow import dist
 from barlow.config import Pretrain
 from barlow.data import order
 from barlow.data.loader import Batch, Loader
-from barlow.data.shards import Index, read_index
+from barlow.data.shards import read_index
 from barlow.data.views import pair
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit
@@ -91,7 +91,9 @@ def main(run_folder: str) -> None:
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
     try:
-        fit(step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, stop, evaluate)
+        fit(
+            step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, stop, evaluate
+        )
         results = dict(evaluate()) if config.knn.every_epochs else {}
         if config.knn.baselines:
             untrained = build(config, device).backbone
@@ -99,7 +101,9 @@ def main(run_folder: str) -> None:
         if dist.rank() == 0:
             write_json(folder / "results.json", {"steps": plan.steps, **results})
             write_status(folder, state="finished", step=plan.steps, why="")
-        recorder.say(f"finished {plan.steps} steps" + "".join(f"  {name} {value:.2f}" for name, value in results.items()))
+        recorder.say(
+            f"finished {plan.steps} steps" + "".join(f"  {name} {value:.2f}" for name, value in results.items())
+        )
     except Preempted as told_to_stop:
         if dist.rank() == 0:
             write_status(folder, state="preempted", step=told_to_stop.step, why=str(told_to_stop))
@@ -118,7 +122,9 @@ def choose_device(asked: str) -> torch.device:
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if dist.local_rank() >= torch.cuda.device_count():
-        raise UserError(f"more ranks on a machine than its {torch.cuda.device_count()} GPUs: give --gpus-per-node what it has")
+        raise UserError(
+            f"more ranks on a machine than its {torch.cuda.device_count()} GPUs: give --gpus-per-node what it has"
+        )
     return torch.device("cuda", dist.local_rank())
 
 
@@ -147,7 +153,7 @@ def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
         return objective
     synchronise(objective)
     # DDP regroups its gradient buckets after the first step unless it looks for unused parameters. A ring's order of
-    # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in the last bit.
+    # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in its bits.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by a name that torch 2.9 lacks
     return DistributedDataParallel(
         objective,

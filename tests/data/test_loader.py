@@ -405,10 +405,13 @@ def test_many_threads_ask_for_batches(jpeg: Folder) -> None:
 def test_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert share_of_cores() == 12
     for ranks, share in {"1": 12, "5": 2, "12": 1, "64": 1}.items():
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert share_of_cores() == share
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert share_of_cores() == 3
 
 
 @pytest.mark.gpu

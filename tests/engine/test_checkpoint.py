@@ -14,7 +14,11 @@ from barlow.errors import UserError
 
 
 def state(value: float) -> dict:
-    return {"model": {"w": torch.full((1000,), value)}, "optimizer": {"state": {0: {"mu": torch.ones(3)}}}, "config": {"a": [1]}}
+    return {
+        "model": {"w": torch.full((1000,), value)},
+        "optimizer": {"state": {0: {"mu": torch.ones(3)}}},
+        "config": {"a": [1]},
+    }
 
 
 def saved(folder: Path, steps: list[int], keep: int = 10) -> Checkpoints:
@@ -88,7 +92,9 @@ def test_a_full_disk_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_another_architecture_is_refused_in_one_line() -> None:
-    with pytest.raises(UserError, match=r"another architecture \(weight: \(3, 2\) in the checkpoint, \(4, 2\) in the model\)"):
+    with pytest.raises(
+        UserError, match=r"another architecture \(weight: \(3, 2\) in the checkpoint, \(4, 2\) in the model\)"
+    ):
         checkpoint.load_weights(torch.nn.Linear(2, 4), torch.nn.Linear(2, 3).state_dict(), "x.pt")
 
 

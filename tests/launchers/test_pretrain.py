@@ -15,12 +15,21 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--epochs 4 --batch-size 32 --log-every 1 --checkpoint.every-steps 3 --knn.every-epochs 0 --knn.no-baselines"
-TINY += " --data.source= --data.workers 1 --views.size 32 --model.width 0.125 --model.projector 32 32 --optim.warmup-epochs 1"
-TINY += " --optim.lr 0.2 --optim.eta 0.001 --optim.no-clip --optim.lr-biases 0.0005"
+TINY += " --data.source= --data.workers 1 --views.size 32 --model.width 0.125 --model.projector 32 32"
+TINY += " --optim.warmup-epochs 1 --optim.lr 0.2 --optim.eta 0.001 --optim.no-clip --optim.lr-biases 0.0005"
 
 
 def command(data: Path, runs: Path, *flags: str) -> list[str]:
-    words = [sys.executable, "launchers/pretrain.py", "shapes", *TINY.split(), "--data.dir", str(data), "--runs-dir", str(runs)]
+    words = [
+        sys.executable,
+        "launchers/pretrain.py",
+        "shapes",
+        *TINY.split(),
+        "--data.dir",
+        str(data),
+        "--runs-dir",
+        str(runs),
+    ]
     return [*words, "--device", "cpu", *flags]
 
 
@@ -53,7 +62,9 @@ def ranks_of(folder: Path) -> dict[int, int]:
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            environment = dict(entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry)
+            environment = dict(
+                entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry
+            )
         except OSError:
             continue
         if str(folder).encode() in words and b"slurm.job" in words:
@@ -91,7 +102,9 @@ def test_a_killed_rank_ends_all_and_the_same_command_ends_bit_identical(
     tiny_data: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     flags = ("--run", "killed", "--cluster", "local", "--nodes", "4")
-    started = subprocess.Popen(command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    started = subprocess.Popen(
+        command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     kill_rank_after(2, 5, tmp_path / "killed", started)
     told, _ = started.communicate(timeout=60)
     assert started.returncode == 1
@@ -110,7 +123,9 @@ def test_a_killed_rank_ends_all_and_the_same_command_ends_bit_identical(
 def test_told_to_stop_it_saves_and_goes_on_with_fewer_ranks(tiny_data: Path, tmp_path: Path, undisturbed: Path) -> None:
     flags = ("--run", "told", "--cluster", "local")
     started = subprocess.Popen(
-        command(tiny_data, tmp_path, *flags, "--nodes", "4", "--checkpoint.every-steps", "100"), cwd=ROOT, stdout=subprocess.PIPE
+        command(tiny_data, tmp_path, *flags, "--nodes", "4", "--checkpoint.every-steps", "100"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
     )
     metrics, deadline = tmp_path / "told" / "metrics.jsonl", time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
@@ -156,7 +171,10 @@ def one_line(done: subprocess.CompletedProcess, told: str) -> None:
     [
         ("--data.dir nowhere", "no such folder"),
         ("--data.splits train test", "no split 'test'"),
-        ("--batch-size 30 --nodes 4 --cluster local", "batch size 30 is not divisible by 4 ranks: give --batch-size 28 or 32"),
+        (
+            "--batch-size 30 --nodes 4 --cluster local",
+            "batch size 30 is not divisible by 4 ranks: give --batch-size 28 or 32",
+        ),
         ("--batch-size 4096", "batch size 4096 is larger than the data"),
         ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
         ("--optim.lr fast", "--optim.lr"),

@@ -32,7 +32,9 @@ def test_scale_of_features_does_not_matter() -> None:
     train, queries = torch.randn(200, 5, generator=generator), torch.randn(50, 5, generator=generator)
     labels = torch.randint(0, 3, (200,), generator=generator)
     scaled = train * torch.rand(200, 1, generator=generator).add(0.1) * 100
-    assert torch.equal(classify(train, labels, queries, 3, 20, 0.07), classify(scaled, labels, 5 * queries, 3, 20, 0.07))
+    assert torch.equal(
+        classify(train, labels, queries, 3, 20, 0.07), classify(scaled, labels, 5 * queries, 3, 20, 0.07)
+    )
 
 
 def test_many_queries_are_taken_in_chunks() -> None:
