@@ -1,4 +1,4 @@
-"""What tests of several files share: running a function on W ranks, in real processes joined by gloo."""
+"""What tests of several files share: one thread for torch, functions on W ranks in real processes, tiny shards."""
 
 from __future__ import annotations
 
@@ -7,15 +7,28 @@ import multiprocessing.connection
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from slurm import devcluster
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Torch computes in one thread: on small tensors and a busy machine, several mostly wait for one another.
+
+    Set anew for every test, for FFCV changes it, and only where torch is imported already: not every test needs it.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -109,3 +122,22 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(pixels).save(folder / f"{i}.png")
     write(Request(f"folder:{root / 'images'}", root / "shards", None, None, 2, 1, ()))
     return root / "shards"
+
+
+@pytest.fixture(scope="session")
+def real_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a development cluster that is up: the one SLURM_CONF names, or one for this session."""
+    if os.environ.get("BARLOW_NO_SLURM") == "1":
+        pytest.skip("BARLOW_NO_SLURM=1")
+    before = os.environ.get("SLURM_CONF")
+    if before and (Path(before).parent / "cluster.json").exists() and devcluster.is_up(Path(before).parent):
+        yield Path(before).parent
+        return
+    folder = tmp_path_factory.mktemp("slurm") / ".cluster"
+    devcluster.up(folder)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    yield folder
+    devcluster.down(folder)
+    os.environ.pop("SLURM_CONF")
+    if before:
+        os.environ["SLURM_CONF"] = before
