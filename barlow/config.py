@@ -1,8 +1,10 @@
-"""Every knob. Frozen, torch-free values: a recipe is one of these, the command line overrides it by name, nothing else changes it."""
+"""Every knob. Frozen, torch-free values: a recipe is one, the command line overrides it by name, nothing else does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from math import inf
+from operator import attrgetter
 from typing import Literal
 
 from barlow.errors import UserError
@@ -54,7 +56,7 @@ class Model:
     backbone: str = "resnet18"
     """Any ResNet or Wide-ResNet of timm."""
     stem: Literal["imagenet", "small", "dense", "cifar"] = "small"
-    """imagenet: 7x7 stride 2, pool. small: 3x3 stride 2, pool. dense: 3x3 stride 1, pool. cifar: 3x3 stride 1, no pool."""
+    """imagenet: 7x7 stride 2, pool. small: 3x3 stride 2, pool. dense: 3x3 stride 1, pool. cifar: dense without pool."""
     width: float = 1.0
     """Multiplies the channels of every stage."""
     zero_init_residual: bool = False
@@ -136,16 +138,33 @@ class Pretrain:
     knn: Knn = field(default_factory=Knn)
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "log-every": self.log_every, "checkpoint.every-steps": self.checkpoint.every_steps}
-        positive |= {"checkpoint.keep": self.checkpoint.keep, "knn.k": self.knn.k, "views.size": self.views.size}
+        positive = {"epochs": self.epochs, "log-every": self.log_every, "knn.k": self.knn.k}
+        positive |= {"checkpoint.every-steps": self.checkpoint.every_steps, "checkpoint.keep": self.checkpoint.keep}
+        positive |= {"views.size": self.views.size}
         for name, value in positive.items():
             if value < 1:
                 raise UserError(f"--{name} is {value}: give 1 or more")
-        if self.batch_size < 2:
-            raise UserError(f"--batch-size is {self.batch_size}: a batch is standardised over its images, give 2 or more")
-        if not self.model.projector or min(self.model.projector) < 1:
-            raise UserError(f"--model.projector is {self.model.projector}: give the widths of its layers, as in 2048 2048 2048")
-        if not 0 < self.views.scale[0] <= self.views.scale[1] <= 1:
-            raise UserError(f"--views.scale is {self.views.scale}: give two shares of the image, as in 0.08 1.0")
+        batch, widths = self.batch_size, self.model.projector
+        if batch < 2:
+            raise UserError(f"--batch-size is {batch}: a batch is standardised over its images, give 2 or more")
+        if not widths or min(widths) < 1:
+            raise UserError(f"--model.projector is {widths}: give the widths of its layers, as in 2048 2048 2048")
+        check_views(self.views)
         if "/" in self.run or self.run.startswith("."):
             raise UserError(f"--run is {self.run!r}: give a plain name; --runs-dir says where the folder goes")
+
+
+def check_views(v: Views) -> None:
+    """Refuse what no view can be drawn with."""
+    rules = [
+        ("scale", 0 < v.scale[0] <= v.scale[1] <= 1, "two shares of the image, as in 0.08 1.0"),
+        ("ratio", 0 < v.ratio[0] <= v.ratio[1] < inf, "two widths over height, the lesser first, as in 0.75 1.33"),
+        ("sigma", 0 <= v.sigma[0] <= v.sigma[1] < inf, "two numbers of pixels, the lesser first, as in 0.1 2.0"),
+        ("hue", 0 <= v.hue <= 0.5, "0 to 0.5, which is half the circle to either side"),
+    ]
+    rules += [(name, 0 <= getattr(v, name) < inf, "0 or more") for name in ("brightness", "contrast", "saturation")]
+    probabilities = [f"{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)]
+    rules += [(name, 0 <= attrgetter(name)(v) <= 1, "a probability, 0 to 1") for name in probabilities]
+    for name, ok, give in rules:
+        if not ok:
+            raise UserError(f"--views.{name} is {attrgetter(name)(v)}: give {give}")
