@@ -1,4 +1,4 @@
-"""What tests of several files share: one thread for torch, functions on W ranks in real processes, tiny shards."""
+"""What tests of several files share: one thread for torch, functions on W ranks in real processes, tiny shards, a real SLURM."""
 
 from __future__ import annotations
 

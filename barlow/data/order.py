@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from barlow.data.chance import permutation
 from barlow.errors import UserError
 
 
@@ -58,6 +57,8 @@ def positions(
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """The permutation [count] int64 of an epoch; the last two are kept, for they are asked for at every step."""
+    from barlow.data.chance import permutation  # brings torch, which launchers ask sizes without
+
     order = permutation(seed, epoch, count).numpy()
     order.setflags(write=False)
     return order

@@ -57,18 +57,20 @@ def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def ranks_of(folder: Path) -> dict[int, int]:
-    """The run's ranks that live on this machine: rank -> process."""
-    found = {}
+    """The run's ranks that live on this machine, started here or by SLURM: rank -> process."""
+    status = json.loads((folder / "status.json").read_text())
+    job, found = str(status.get("job") or "").encode(), {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
-            environment = dict(
-                entry.split(b"=", 1) for entry in (process / "environ").read_bytes().split(b"\0") if b"=" in entry
-            )
+            entries = (process / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if str(folder).encode() in words and b"slurm.job" in words:
-            found[int(environment.get(b"RANK", b"-1"))] = int(process.name)
+        environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
+        if b"slurm.job" in words and str(folder).encode() in words:
+            found[int(environment[b"RANK"])] = int(process.name)
+        elif b"submitit.core._submit" in words and job and environment.get(b"SLURM_JOB_ID") == job:
+            found[int(environment[b"SLURM_PROCID"])] = int(process.name)
     return found
 
 
@@ -89,12 +91,45 @@ def undisturbed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return runs / "four"
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on one rank."""
+    runs = tmp_path_factory.mktemp("alone")
+    pretrain(tiny_data, runs, "--run", "one", "--cluster", "local")
+    return runs / "one"
+
+
+def same_curve(a: Path, b: Path) -> bool:
+    ours, theirs = losses(a), losses(b)
+    assert len(ours) == len(theirs) == 12
+    return max(abs(x - y) / y for x, y in zip(ours, theirs, strict=True)) < 1e-4
+
+
 @pytest.mark.slow
-def test_one_rank_has_the_loss_curve_of_four(tiny_data: Path, tmp_path: Path, undisturbed: Path) -> None:
-    pretrain(tiny_data, tmp_path, "--run", "one", "--cluster", "local")
-    one, four = losses(tmp_path / "one"), losses(undisturbed)
-    assert len(one) == len(four) == 12
-    assert max(abs(a - b) / a for a, b in zip(one, four, strict=True)) < 1e-4
+def test_one_rank_has_the_loss_curve_of_four(alone: Path, undisturbed: Path) -> None:
+    assert same_curve(alone, undisturbed)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_four_slurm_nodes_killed_and_started_again_end_bit_identical(
+    tiny_data: Path, tmp_path: Path, undisturbed: Path, alone: Path, real_slurm: Path
+) -> None:
+    flags = ("--run", "nodes", "--cluster", "slurm", "--nodes", "4", "--follow")
+    folder = tmp_path / "nodes"
+    started = subprocess.Popen(
+        command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    kill_rank_after(2, 5, folder, started)
+    told, _ = started.communicate(timeout=90)
+    assert started.returncode == 1, told
+    assert not ranks_of(folder)
+    assert len(losses(folder)) < 12
+
+    pretrain(tiny_data, tmp_path, *flags)
+    assert identical(weights(folder), weights(undisturbed))
+    assert losses(folder) == losses(undisturbed)
+    assert same_curve(folder, alone)
 
 
 @pytest.mark.slow
@@ -138,9 +173,7 @@ def test_told_to_stop_it_saves_and_goes_on_with_fewer_ranks(tiny_data: Path, tmp
     assert status["step"] >= 4
 
     pretrain(tiny_data, tmp_path, *flags, "--nodes", "2", "--checkpoint.every-steps", "100")
-    ours, theirs = losses(tmp_path / "told"), losses(undisturbed)
-    assert len(ours) == 12
-    assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) < 1e-4
+    assert same_curve(tmp_path / "told", undisturbed)
 
 
 @pytest.mark.slow

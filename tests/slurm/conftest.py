@@ -1,4 +1,4 @@
-"""A real SLURM for the tests marked `slurm`, and run folders whose stage is fake_stage.py."""
+"""Run folders whose stage is fake_stage.py, and the command that launches them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from slurm import devcluster
-
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 Launch = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture(scope="session")
-def real_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder of a development cluster that is up: the one SLURM_CONF names, or one for this session."""
-    if os.environ.get("BARLOW_NO_SLURM") == "1":
-        pytest.skip("BARLOW_NO_SLURM=1")
-    before = os.environ.get("SLURM_CONF")
-    if before and (Path(before).parent / "cluster.json").exists() and devcluster.is_up(Path(before).parent):
-        yield Path(before).parent
-        return
-    folder = tmp_path_factory.mktemp("slurm") / ".cluster"
-    devcluster.up(folder)
-    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
-    yield folder
-    devcluster.down(folder)
-    os.environ.pop("SLURM_CONF")
-    if before:
-        os.environ["SLURM_CONF"] = before
 
 
 @pytest.fixture
