@@ -125,6 +125,7 @@ def choose_device(asked: str) -> torch.device:
         raise UserError(
             f"more ranks on a machine than its {torch.cuda.device_count()} GPUs: give --gpus-per-node what it has"
         )
+    torch.backends.cudnn.deterministic = True  # a resumed run ends with the same bits
     return torch.device("cuda", dist.local_rank())
 
 

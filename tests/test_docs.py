@@ -1,0 +1,89 @@
+"""What the pages tell people to type works, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHELL = {"export", "sinfo", "squeue", "cp", "git", "cd", "tail", "sbatch"}  # said of the cluster tests, or plain shell
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every line of every ```bash block, with its page."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL):
+            found += [(page.name, line.split("  #")[0].strip()) for line in block.splitlines() if line.strip()]
+    return found
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_a_command_of_the_docs_is_one_that_works(page: str, line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    while "=" in words[0]:
+        words.pop(0)
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[0] != "python":
+        assert words[0] in SHELL, f"{page}: {line}"
+        return
+    words = [word for word in words[1:] if word != "--dry-run" and word != "--follow"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("SLURM_CONF", "BARLOW_SITE")}
+    if words[0] == "launchers/pretrain.py" and "--help" not in words:
+        words += ["--dry-run", "--cluster", "local"]  # its flags, its recipe, its site file
+        words = ["slurm/sites/default.toml" if word.endswith("my-cluster.toml") else word for word in words]
+    elif words[0] == "launchers/shards.py" and "--verify" not in words:
+        source = words[1].split(":")
+        if len(source) == 2:  # the page's DIR is not here: a reader of that kind is all that can be asked for
+            words[1] = f"{source[0]}:{tmp_path}/nowhere"
+        elif source == ["shapes"]:
+            words[2] = str(tmp_path / "shards")
+    else:
+        words += ["--help"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "nowhere" in " ".join(words):
+        assert done.returncode == 2
+        assert "nowhere" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_s_tree_names_every_file_and_no_other() -> None:
+    tree = (ROOT / "README.md").read_text().split("```text\n", 1)[1].split("```", 1)[0]
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    ours = {
+        name
+        for name in tracked
+        if name.startswith(("barlow/", "slurm/", "launchers/", "benchmarks/")) and name[-3:] == ".py"
+    }
+    ours -= {name for name in ours if name.endswith("__init__.py")}
+    named, folders = set(), {0: ""}
+    for line in tree.splitlines():
+        match = re.match(r"( *)([\w./-]+)", line)
+        if not match:
+            continue
+        depth, name = len(match[1]), match[2]
+        path = folders.get(depth, "") + name
+        if name.endswith("/"):
+            folders = {key: value for key, value in folders.items() if key <= depth} | {depth + 2: path}
+        elif name.endswith(".py"):
+            named.add(path)
+    assert named >= ours, ours - named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
