@@ -1,12 +1,16 @@
-"""What tests of several files share: one thread for torch, functions on W ranks in real processes, tiny shards, a real SLURM."""
+"""What tests of several files share: one thread for torch, functions on W ranks in real processes, tiny shards, a real
+SLURM and run folders for it."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -19,6 +23,10 @@ from typing import Any
 import pytest
 
 from slurm import devcluster
+
+ROOT = Path(__file__).parents[1]
+SLURM_TESTS = ROOT / "tests" / "slurm"
+Launch = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +149,50 @@ def real_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ.pop("SLURM_CONF")
     if before:
         os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """make_run(name, **config): a run folder as launchers prepare it, its stage told by config what to do."""
+
+    def make(name: str, **config: object) -> Path:
+        folder = tmp_path / "runs" / name
+        (folder / "logs").mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        for part in ("barlow", "slurm"):
+            shutil.copytree(ROOT / part, folder / "code" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(SLURM_TESTS / "fake_stage.py", folder / "code")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def start() -> Iterator[Launch]:
+    """start(folder, **cluster): the command of a launcher, as a process; killed if the test leaves it behind."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(folder: Path, **cluster: object) -> subprocess.Popen[str]:
+        command = [sys.executable, str(SLURM_TESTS / "fake_launcher.py"), str(folder), json.dumps(cluster)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, env=environment, cwd=folder.parent, stdout=pipe, stderr=pipe, text=True)
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def run(start: Launch) -> Callable[..., tuple[int, str, str]]:
+    """run(folder, **cluster): the same command to its end: exit code, stdout, stderr."""
+
+    def finish(folder: Path, **cluster: object) -> tuple[int, str, str]:
+        process = start(folder, **cluster)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out, err
+
+    return finish

@@ -57,9 +57,7 @@ def test_auto_runs_here_without_slurm(
     assert run(make_run("here"))[:2] == (0, "rank 0 of 1 says original\ndone\n")
 
 
-def test_a_development_cluster_that_is_not_exported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
+def test_a_development_cluster_that_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none.conf"))
     (tmp_path / ".cluster").mkdir()
     (tmp_path / ".cluster" / "slurm.conf").touch()
@@ -230,9 +228,7 @@ def test_preempted_job_comes_back(real_slurm: Path, make_run: MakeRun, start: St
 
 
 @needs_slurm
-def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(
-    real_slurm: Path, make_run: MakeRun, run: Run
-) -> None:
+def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
     told, alone, cancelled = (make_run(name, stoppable=True) for name in ("told", "alone", "cancelled"))
     (alone / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # as good as none, for ranks of the second run
     (alone / "scontrol").chmod(0o755)
