@@ -108,6 +108,9 @@ class Knn:
     """Evaluate on train and val after so many epochs (and at the end); 0: never."""
     k: int = 20
     temperature: float = 0.07
+    size: int = 0
+    """Side at which whole images are looked at, in pixels; 0: the views'. Crops enlarge what is in a picture, so a larger
+    side than the views' often shows more."""
     baselines: bool = False
     """At the end also raw pixels and the untrained backbone."""
 

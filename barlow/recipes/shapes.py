@@ -1,15 +1,19 @@
-"""python launchers/pretrain.py shapes: the embedded set, small enough for two CPU cores. What `make demo` runs."""
+"""python launchers/pretrain.py shapes: the embedded set, small enough for two CPU cores. What `make demo` runs.
 
-from barlow.config import BarlowTwins, Checkpoint, Data, Knn, Lars, Model, Pretrain, Views
+What makes a short run on a small set work: small views, so that there are many steps; a small projector; and colours that
+change more than in photographs, because here they never tell what is in the picture."""
+
+from barlow.config import BarlowTwins, Checkpoint, Data, Knn, Lars, Model, Pretrain, View, Views
 
 recipe = Pretrain(
-    epochs=8,
-    batch_size=256,
+    epochs=16,
+    batch_size=128,
+    log_every=50,
     data=Data(dir="data/shapes", source="shapes"),
-    views=Views(size=48, scale=(0.3, 1.0)),
-    model=Model(backbone="resnet18", stem="small", width=0.5, projector=(512, 512, 512)),
-    objective=BarlowTwins(lambd=0.02),
-    optim=Lars(lr=0.5, eta=0.02, clip=True, warmup_epochs=1),
-    checkpoint=Checkpoint(every_steps=50),
-    knn=Knn(every_epochs=4, baselines=True),
+    views=Views(size=32, scale=(0.25, 1.0), saturation=0.8, hue=0.5, a=View(blur=0.0), b=View(blur=0.0, solarize=0.2)),
+    model=Model(backbone="resnet18", stem="small", width=0.25, projector=(256, 256)),
+    objective=BarlowTwins(lambd=0.008),
+    optim=Lars(lr=6.0, lr_biases=0.2, warmup_epochs=2),
+    checkpoint=Checkpoint(every_steps=200),
+    knn=Knn(every_epochs=4, size=48, baselines=True),
 )

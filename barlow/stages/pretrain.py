@@ -74,6 +74,7 @@ def main(run_folder: str) -> None:
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     normal = (index.mean, index.std)
+    side = config.knn.size or config.views.size
 
     def step(batch: Batch, at: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, ids = batch.images.to(device, non_blocking=True), batch.ids.to(device, non_blocking=True)
@@ -85,7 +86,7 @@ def main(run_folder: str) -> None:
         return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config)}
 
     def evaluate() -> Iterator[tuple[str, float]]:
-        return knn.evaluate(objective.backbone, index, config.knn, config.views.size, device, config.data.workers)
+        return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
 
     positions = order.positions(
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
@@ -97,7 +98,7 @@ def main(run_folder: str) -> None:
         results = dict(evaluate()) if config.knn.every_epochs else {}
         if config.knn.baselines:
             untrained = build(config, device).backbone
-            results |= knn.baselines(untrained, index, config.knn, config.views.size, device, config.data.workers)
+            results |= knn.baselines(untrained, index, config.knn, side, device, config.data.workers)
         if dist.rank() == 0:
             write_json(folder / "results.json", {"steps": plan.steps, **results})
             write_status(folder, state="finished", step=plan.steps, why="")
