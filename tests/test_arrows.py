@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERYWHERE = {"barlow.config", "barlow.errors", "barlow.dist"}
+EVERYWHERE = {"barlow.config", "barlow.errors", "barlow.files", "barlow.dist"}
 MAY = {
     "launchers": {"barlow.cli", "barlow.recipes", "barlow.stages", "barlow.data", "barlow.engine.run", "slurm"},
     "barlow/recipes": set(),
@@ -30,6 +30,7 @@ MAY = {
     "barlow/config.py": set(),
     "barlow/dist.py": set(),
     "barlow/errors.py": set(),
+    "barlow/files.py": set(),
 }
 FILES = [
     path for room in ("barlow", "slurm", "launchers", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))
@@ -66,7 +67,7 @@ def test_imports_go_one_way(path: Path) -> None:
         return
     assert not {name for name in ours if name.split(".")[0] == "benchmarks"}
     if here.parts[0] == "slurm":
-        assert not {name for name in ours if not within(name, {"slurm", "barlow.errors"})}
+        assert not {name for name in ours if not within(name, {"slurm", "barlow.errors", "barlow.files"})}
         roots = {name.split(".")[0] for name in imports(path)} - {"slurm", "barlow"}
         assert roots <= set(sys.stdlib_module_names) | {"submitit", "tomli"}, roots
         return

@@ -15,8 +15,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from barlow.engine.run import read_json, write_json
 from barlow.errors import UserError
+from barlow.files import read_json, write_json
 
 
 class Checkpoints:

@@ -13,7 +13,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from barlow.engine.run import write_status
+from barlow.files import write_status
 
 
 class Recorder:

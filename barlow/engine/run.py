@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from barlow.errors import UserError
+from barlow.files import read_json, read_status, write_json, write_status
 
 Config = TypeVar("Config")
 
@@ -91,28 +92,3 @@ def snapshot(root: Path, code: Path) -> None:
         code.rename(old)
     fresh.rename(code)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Whole or not at all: a reader never sees half a file, a crash leaves the old one."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(fresh, "w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
-def read_status(folder: Path) -> dict[str, Any]:
-    path = folder / "status.json"
-    return read_json(path) if path.exists() else {}
-
-
-def write_status(folder: Path, **changes: Any) -> None:
-    """Lay `changes` over status.json. Written by rank 0 and by the launcher, never by both at a time."""
-    write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})

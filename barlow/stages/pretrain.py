@@ -26,8 +26,9 @@ from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
-from barlow.engine.run import load_config, read_status, write_json, write_status
+from barlow.engine.run import load_config
 from barlow.errors import Preempted, UserError
+from barlow.files import read_status, write_json, write_status
 from barlow.models import backbone as backbones
 from barlow.models.norm import synchronise
 from barlow.objectives.barlow_twins import BarlowTwins

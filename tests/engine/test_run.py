@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
+from barlow import files
 from barlow.config import Checkpoint, Pretrain
 from barlow.engine import run
 from barlow.errors import UserError
@@ -25,7 +25,7 @@ def test_prepare_leaves_what_a_rank_needs(config: Pretrain) -> None:
     folder = run.prepare(config, "python launchers/pretrain.py --run first", ROOT)
     assert run.load_config(folder, Pretrain) == config
     assert "--run first" in (folder / "command.txt").read_text()
-    assert run.read_status(folder)["state"] == "pending"
+    assert files.read_status(folder)["state"] == "pending"
     copied = (folder / "code" / "barlow" / "engine" / "run.py").read_text()
     assert copied == (ROOT / "barlow" / "engine" / "run.py").read_text()
     assert not list(folder.glob("code.*"))
@@ -33,15 +33,15 @@ def test_prepare_leaves_what_a_rank_needs(config: Pretrain) -> None:
 
 @pytest.mark.parametrize("name", PRETRAIN)
 def test_every_recipe_survives_config_json(name: str, tmp_path: Path) -> None:
-    run.write_json(tmp_path / "config.json", asdict(PRETRAIN[name]))
+    files.write_json(tmp_path / "config.json", asdict(PRETRAIN[name]))
     assert run.load_config(tmp_path, Pretrain) == PRETRAIN[name]
 
 
 def test_same_config_goes_on_and_another_is_refused_by_name(config: Pretrain) -> None:
     folder = run.prepare(config, "a", ROOT)
-    run.write_status(folder, state="preempted", step=7)
+    files.write_status(folder, state="preempted", step=7)
     run.prepare(replace(config, log_every=3, checkpoint=Checkpoint(every_steps=9)), "b", ROOT)
-    assert run.read_status(folder)["step"] == 7  # going on does not reset what the run has done
+    assert files.read_status(folder)["step"] == 7  # going on does not reset what the run has done
     with pytest.raises(UserError, match=r"run 'first' exists with another config \(optim.lr 0.2 there, 0.3 here\)"):
         run.prepare(replace(config, optim=replace(config.optim, lr=0.3)), "c", ROOT)
     assert run.load_config(folder, Pretrain).optim.lr == 0.2
@@ -51,16 +51,3 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run folder"):
         run.prepare(Pretrain(run="x", runs_dir=str(tmp_path / "file")), "", ROOT)
-
-
-def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "status.json"
-    run.write_json(path, {"step": 1})
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(json, "dump", full)
-    with pytest.raises(OSError, match="No space"):
-        run.write_json(path, {"step": 2})
-    assert run.read_json(path) == {"step": 1}

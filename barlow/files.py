@@ -1,0 +1,47 @@
+"""Small JSON files that several processes write and read: whole or not at all, and no change lost. Torch-free."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What the file holds; nothing where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A reader never sees half a file, a crash leaves the old one."""
+    fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with open(fresh, "w") as file:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """A run's status.json."""
+    return read_json(folder / "status.json")
+
+
+def write_status(folder: Path, **changes: Any) -> None:
+    """Lay `changes` over a run's status.json; launcher and ranks take turns, so that none undoes another's."""
+    with open(folder / ".status.lock", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})
