@@ -9,11 +9,13 @@ setup:
 	@./setup.sh run
 
 demo: setup
-	@$(python) launchers/pretrain.py shapes --run demo
+	@$(python) launchers/pretrain.py shapes --run demo --cluster local
 
 test:
 	@./setup.sh test
-	@$(python) -m pytest -q -p no:cacheprovider
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@$(python) -m pytest -q
 
 check:
 	@./setup.sh test

@@ -109,8 +109,8 @@ class Knn:
     k: int = 20
     temperature: float = 0.07
     size: int = 0
-    """Side at which whole images are looked at, in pixels; 0: the views'. Crops enlarge what is in a picture, so a larger
-    side than the views' often shows more."""
+    """Side at which whole images are looked at, in pixels; 0: the views'. Crops enlarge what is in a picture, so a
+    larger side than the views' often shows more."""
     baselines: bool = False
     """At the end also raw pixels and the untrained backbone."""
 
@@ -141,20 +141,28 @@ class Pretrain:
     knn: Knn = field(default_factory=Knn)
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "log-every": self.log_every, "knn.k": self.knn.k}
-        positive |= {"checkpoint.every-steps": self.checkpoint.every_steps, "checkpoint.keep": self.checkpoint.keep}
-        positive |= {"views.size": self.views.size}
-        for name, value in positive.items():
-            if value < 1:
-                raise UserError(f"--{name} is {value}: give 1 or more")
-        batch, widths = self.batch_size, self.model.projector
-        if batch < 2:
-            raise UserError(f"--batch-size is {batch}: a batch is standardised over its images, give 2 or more")
-        if not widths or min(widths) < 1:
-            raise UserError(f"--model.projector is {widths}: give the widths of its layers, as in 2048 2048 2048")
+        check(self)
         check_views(self.views)
-        if "/" in self.run or self.run.startswith("."):
-            raise UserError(f"--run is {self.run!r}: give a plain name; --runs-dir says where the folder goes")
+
+
+def check(c: Pretrain) -> None:
+    """Refuse values that no run can have."""
+    counts = ("epochs", "log_every", "checkpoint.every_steps", "checkpoint.keep", "knn.k", "views.size")
+    rules = [(name, attrgetter(name)(c) >= 1, "1 or more") for name in counts]
+    rates = ("optim.lr", "optim.lr_biases", "optim.weight_decay", "optim.eta", "optim.warmup_epochs", "optim.end_lr")
+    not_negative = (*rates, "objective.lambd", "objective.scale", "data.workers", "knn.every_epochs", "knn.size")
+    rules += [(name, 0 <= attrgetter(name)(c) < inf, "0 or more") for name in not_negative]
+    rules += [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in ("model.width", "knn.temperature")]
+    rules += [
+        ("batch_size", c.batch_size >= 2, "2 or more, for a batch is standardised over its images"),
+        ("optim.momentum", 0 <= c.optim.momentum < 1, "0 or more, and less than 1"),
+        ("model.projector", min(c.model.projector, default=0) >= 1, "the widths of its layers, as in 2048 2048 2048"),
+        ("data.splits", bool(c.data.splits), "at least one split, as in unlabeled train"),
+        ("run", "/" not in c.run and not c.run.startswith("."), "a plain name; --runs-dir says where its folder goes"),
+    ]
+    for name, ok, give in rules:
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} is {attrgetter(name)(c)!r}: give {give}")
 
 
 def check_views(v: Views) -> None:
@@ -162,7 +170,7 @@ def check_views(v: Views) -> None:
     rules = [
         ("scale", 0 < v.scale[0] <= v.scale[1] <= 1, "two shares of the image, as in 0.08 1.0"),
         ("ratio", 0 < v.ratio[0] <= v.ratio[1] < inf, "two widths over height, the lesser first, as in 0.75 1.33"),
-        ("sigma", 0 <= v.sigma[0] <= v.sigma[1] < inf, "two numbers of pixels, the lesser first, as in 0.1 2.0"),
+        ("sigma", 0 <= v.sigma[0] <= v.sigma[1] <= 2, "two numbers of pixels up to 2, the lesser first, as in 0.1 2.0"),
         ("hue", 0 <= v.hue <= 0.5, "0 to 0.5, which is half the circle to either side"),
     ]
     rules += [(name, 0 <= getattr(v, name) < inf, "0 or more") for name in ("brightness", "contrast", "saturation")]

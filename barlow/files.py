@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """What the file holds; nothing where there is none."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
 
 

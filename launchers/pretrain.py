@@ -15,9 +15,10 @@ from barlow.data import order
 from barlow.data.shards import read_index
 from barlow.engine.run import folder_of, prepare, refuse_other_config
 from barlow.errors import UserError, one_line_errors
+from barlow.files import read_status
 from barlow.recipes import PRETRAIN
 from slurm import submit
-from slurm.cluster import Cluster
+from slurm.cluster import Cluster, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = "barlow.stages.pretrain"
@@ -30,26 +31,37 @@ def main(argv: list[str]) -> int:
         run=config.run or recipe,
         data=replace(config.data, dir=absolute(config.data.dir)),
         model=replace(config.model, init=absolute(config.model.init)),
+        device="cuda" if config.device == "auto" and resolve(cluster).gpus_per_node else config.device,
     )
     folder = folder_of(config)
-    if cluster.dry_run:
-        return submit.launch(STAGE, folder, cluster)
-    ranks = submit.check(cluster, folder)
+    ranks = submit.check(cluster, None if cluster.dry_run else folder)
     refuse_other_config(config)
+    order.share(config.batch_size, ranks)
+    check_init(config, folder)
+    if cluster.dry_run:
+        if (Path(config.data.dir) / "index.json").exists():
+            check_data(config)
+        return submit.launch(STAGE, folder, cluster)
+    status = read_status(folder)
+    if status.get("state") == "finished":
+        print(f"run {config.run} has finished its {status['steps']} steps: {folder / 'results.json'}")
+        return 0
     make_shards(config.data)
-    check(config, ranks)
+    check_data(config)
     prepare(config, shlex.join(["python", "launchers/pretrain.py", *argv]), ROOT)
     return submit.launch(STAGE, folder, cluster)
 
 
-def check(config: Pretrain, ranks: int) -> None:
-    """What can be known to fail before a job is asked for."""
-    if config.model.init and not Path(config.model.init).exists():
+def check_init(config: Pretrain, folder: Path) -> None:
+    """Weights to start from must be there, until the run has a checkpoint of its own."""
+    if config.model.init and not Path(config.model.init).exists() and not any((folder / "checkpoints").glob("*.pt")):
         raise UserError(f"--model.init: no checkpoint {config.model.init}: name a run folder or a .pt file")
+
+
+def check_data(config: Pretrain) -> None:
     index = read_index(config.data.dir)
     count = sum(index.split(name).count for name in config.data.splits)
     order.steps_per_epoch(count, config.batch_size)
-    order.share(config.batch_size, ranks)
 
 
 def absolute(path: str) -> str:

@@ -150,7 +150,7 @@ class Loader:
 
 
 def share_of_cores() -> int:
-    """The cores of this rank: as many as its threads were told to be, else an equal share of what the process may use."""
+    """The cores of this rank: as many as it was told to use, else an equal share of what the process may use."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     if told.isdigit() and int(told) > 0:
         return int(told)

@@ -1,8 +1,8 @@
 """The embedded image set: pictures told apart by the form that is strewn over them, drawn from (index, seed) alone.
 
 A picture is a loose pattern of one form; which form is its class. How large, how dense, where, how turned, of what
-colour on what colour, what lies behind and how the light falls is drawn without looking at the class. So the same pixels
-mean little from picture to picture, while features that know forms know nearly everything.
+colour on what colour, what lies behind and how the light falls is drawn without looking at the class. So the same
+pixels mean little from picture to picture, while features that know forms know nearly everything.
 
 Every machine draws the same bytes: random numbers are raw Philox words, and pixels come of operations that IEEE 754
 rounds exactly (+ - * / sqrt, floor, comparisons), one array at a time; no sine, no exponential, no sum of many terms.

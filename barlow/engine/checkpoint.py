@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any, cast
 
 import torch
@@ -28,18 +29,28 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self.failed: str = ""  # why the last save did not reach the disk
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy the state to host memory now, write it on a thread; never two writes at once."""
+    def save(self, step: int, state: Mapping[str, Any]) -> str:
+        """Copy the state to host memory now, write it on a thread; never two writes at once.
+
+        Returns why the save before this one did not reach the disk; empty if it did."""
         self.wait()
+        lost, self.failed = self.failed, ""
         copied = _to_host({"step": step, **state})
         self._writer = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
         self._writer.start()
+        return lost
 
     def wait(self) -> None:
         """Until the save under way has reached the disk."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+
+    def finish(self) -> None:
+        """Until the last save has reached the disk; that it could not is an error then, for nothing will try again."""
+        self.wait()
+        if self.failed:
+            raise UserError(f"{self.failed}; make room in {self.folder} and give the same command again")
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one that does not."""
@@ -67,18 +78,36 @@ class Checkpoints:
             write_json(path.with_suffix(".json"), {**record, "seconds": round(time.perf_counter() - began, 3)})
             write_json(self.folder / "latest.json", record)
             _sync(self.folder)
-            self.failed = ""
-        except (OSError, RuntimeError) as error:  # a full disk shows as either, from inside torch.save
-            self.failed = f"checkpoint of step {step} was not written: {error}"
+        except BaseException as error:  # on a thread: whatever it is, the loop must hear of it
+            self.failed = f"the checkpoint of step {step} was not written: {error}"
             fresh.unlink(missing_ok=True)
             return
-        for old in sorted(self.folder.glob("step-*.json"), reverse=True)[self.keep :]:
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Keep the newest ones. Later steps than the one just written are of a past that damage has undone."""
+        records = sorted(self.folder.glob("step-*.json"), reverse=True)
+        later = [record for record in records if record.stem > f"step-{step:09d}"]
+        for old in later + [record for record in records if record not in later][self.keep :]:
             old.unlink()
             old.with_suffix(".pt").unlink(missing_ok=True)
 
+    def tidy(self) -> None:
+        """Remove what a killed process has left half written. For the one writer, before it begins."""
+        for half in self.folder.glob(".*"):
+            half.unlink()
+
 
 def load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint's dict; a file that is none is a UserError."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(found, dict) and "model" in found:
+            return found
+        fault = "it has no 'model'"
+    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+        fault = (str(error) or type(error).__name__).splitlines()[0]
+    raise UserError(f"{path} is no checkpoint ({fault}): name a run folder or a .pt file from its checkpoints")
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:

@@ -32,6 +32,7 @@ class Plan:
     batch_size: int  # global
     log_every: int
     save_every: int
+    agree_every: int  # how often ranks ask each other whether one was told to stop: each time a GPU must be waited for
     evaluate_every: int  # 0: never within the loop
 
 
@@ -49,8 +50,8 @@ def fit(
     evaluate: Callable[[], Iterable[tuple[str, float]]],
 ) -> None:
     """Train from step `start` to the plan's end. `batches` must begin at `start`; `rates` gives each parameter group's
-    learning rate at a step. Saves by the plan and at the end; when any rank was told to stop, saves and raises
-    Preempted."""
+    learning rate at a step. Saves by the plan and at the end, and returns when that is on disk; when any rank was told
+    to stop, saves and raises Preempted."""
     pending: list[tuple[int, Tensor, Mapping[str, Tensor], float, float]] = []
     clock = time.perf_counter()
     for at in range(start, plan.steps):
@@ -68,10 +69,11 @@ def fit(
 
         done = at + 1
         pending.append((done, loss.detach(), metrics, lrs[0], waited))
+        stopping = done % plan.agree_every == 0 and done < plan.steps and stop.agreed()
         log = done % plan.log_every == 0 or done == plan.steps
         evaluating = plan.evaluate_every > 0 and done % plan.evaluate_every == 0 and done < plan.steps
         save = done % plan.save_every == 0 or done == plan.steps
-        if not (log or evaluating or save):
+        if not (log or evaluating or save or stopping):
             continue
 
         rows = settle(pending, plan, time.perf_counter() - clock)
@@ -83,16 +85,18 @@ def fit(
         if evaluating:
             rows[-1].update(evaluate())
         recorder.write(rows)
-        stopping = stop.agreed()
         if save or stopping:
             refuse_non_finite(optimizer, done)
             if dist.rank() == 0:
                 recorder.saving(done)
-                checkpoints.save(done, state())
-        if stopping and done < plan.steps:
-            checkpoints.wait()
+                lost = checkpoints.save(done, state())
+                if lost:  # an earlier one: training goes on, a full disk may have room again
+                    recorder.say(f"warning: {lost}")
+        if stopping:
+            checkpoints.finish()
             raise Preempted(stop.signal, done)
         clock = time.perf_counter()
+    checkpoints.finish()
 
 
 def settle(

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,7 +36,7 @@ class Recorder:
         self._metrics = open(metrics, "a")  # noqa: SIM115  (closed in close)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         if sys.stdout.isatty():
             columns = (
                 TextColumn("{task.description}"),
@@ -80,7 +81,7 @@ class Recorder:
         pace = (now - self._last[1]) / max(1, step - self._last[0])
         self._pace = pace if self._pace is None else 0.7 * self._pace + 0.3 * pace
         self._last = (step, now)
-        left = time.strftime("%H:%M:%S", time.gmtime(self._pace * (self.steps - step)))
+        left = timedelta(seconds=round(self._pace * (self.steps - step)))
         self.say(f"step {step}/{self.steps}  epoch {row['epoch']:.1f}  {told}  left {left}")
 
     def saving(self, step: int) -> None:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import IO, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from barlow.errors import UserError
 from barlow.files import read_json, read_status, write_json, write_status
 
 Config = TypeVar("Config")
 
-# Knobs that may differ when a run goes on: they change neither images, nor views, nor arithmetic.
-FREE = {"runs_dir", "log_every", "data.workers", "checkpoint.every_steps", "checkpoint.keep"}
+# Knobs that may differ when a run goes on: they change neither images nor views.
+FREE = {
+    "runs_dir",
+    "device",
+    "log_every",
+    "data.dir",
+    "data.source",
+    "data.workers",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+}
 CODE = ("barlow", "slurm", "launchers")
 
 
@@ -26,10 +35,14 @@ def folder_of(config: Any) -> Path:
 
 
 def refuse_other_config(config: Any) -> None:
-    """A second run of the same name goes on with the first; with another config it is refused, the difference named."""
-    stored = folder_of(config) / "config.json"
-    if stored.exists():
-        compare(read_json(stored), dataclasses.asdict(config), config.run)
+    """A second run of the same name goes on with the first; with another config it is refused, the difference named.
+
+    A run that never began has nothing to lose. A knob that is newer than the run counts with its default."""
+    folder = folder_of(config)
+    stored = read_json(folder / "config.json")
+    if stored and (read_status(folder).get("attempts", 0) or any((folder / "checkpoints").glob("*.pt"))):
+        defaults = dict(leaves(dataclasses.asdict(type(config)())))
+        compare(defaults | dict(leaves(stored)), dict(leaves(dataclasses.asdict(config))), config.run)
 
 
 def prepare(config: Any, command: str, root: Path) -> Path:
@@ -46,13 +59,14 @@ def prepare(config: Any, command: str, root: Path) -> Path:
         if not (folder / "status.json").exists():
             write_status(folder, state="pending", step=0, attempts=0, why="")
     except OSError as error:
-        raise UserError(f"cannot write the run folder {folder}: {error.strerror}; give another --runs-dir") from error
+        why = error.strerror or error  # copytree's own error has a list instead
+        raise UserError(f"cannot write the run folder {folder}: {why}; give another --runs-dir") from error
     return folder
 
 
 def compare(stored: Mapping[str, Any], asked: Mapping[str, Any], name: str) -> None:
-    """Refuse `asked` where it differs from the stored config of the run, but for the knobs in FREE."""
-    old, new = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(asked))))
+    """Refuse `asked` where it differs from the `stored` knobs of the run, but for those in FREE."""
+    old, new = json.loads(json.dumps(stored)), json.loads(json.dumps(asked))  # a tuple is a list there
     differ = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and key not in FREE]
     if differ:
         told = ", ".join(f"{key} {old.get(key)} there, {new.get(key)} here" for key in differ)
@@ -83,12 +97,27 @@ def _build(kind: Any, value: Any) -> Any:
 
 def snapshot(root: Path, code: Path) -> None:
     """Copy the code that will run into the run folder, so that a later edit does not reach a waiting job."""
-    fresh = code.with_name(f"code.{os.getpid()}")
-    for part in CODE:
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(root / part, fresh / part, ignore=ignore)
-    old = code.with_name(f"code.{os.getpid()}.old")
-    if code.exists():
-        code.rename(old)
-    fresh.rename(code)
-    shutil.rmtree(old, ignore_errors=True)
+    fresh, old = code.with_name(".code.new"), code.with_name(".code.old")
+    for left in (fresh, old):  # of a copy that was cut off
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        for part in CODE:
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(root / part, fresh / part, ignore=ignore)
+        if code.exists():
+            code.rename(old)
+        fresh.rename(code)
+    finally:
+        for left in (fresh, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def hold(folder: Path) -> IO[str]:
+    """Be the one writer of a run, until the file that this returns is closed or the process ends, however it ends."""
+    lock = open(folder / ".writer.lock", "w")  # noqa: SIM115  (kept by the caller)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise UserError(f"another process writes run {folder.name}: end it first, or choose another --run") from None
+    return lock

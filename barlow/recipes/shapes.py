@@ -1,12 +1,12 @@
 """python launchers/pretrain.py shapes: the embedded set, small enough for two CPU cores. What `make demo` runs.
 
-What makes a short run on a small set work: small views, so that there are many steps; a small projector; and colours that
-change more than in photographs, because here they never tell what is in the picture."""
+What makes a short run on a small set work: small views, so that there are many steps; a small projector; and colours
+that change more than in photographs, because here they never tell what is in the picture."""
 
 from barlow.config import BarlowTwins, Checkpoint, Data, Knn, Lars, Model, Pretrain, View, Views
 
 recipe = Pretrain(
-    epochs=16,
+    epochs=20,
     batch_size=128,
     log_every=50,
     data=Data(dir="data/shapes", source="shapes"),

@@ -20,13 +20,13 @@ from barlow import dist
 from barlow.config import Pretrain
 from barlow.data import order
 from barlow.data.loader import Batch, Loader
-from barlow.data.shards import read_index
+from barlow.data.shards import Index, read_index
 from barlow.data.views import pair
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
-from barlow.engine.run import load_config
+from barlow.engine.run import hold, load_config
 from barlow.errors import Preempted, UserError
 from barlow.files import read_status, write_json, write_status
 from barlow.models import backbone as backbones
@@ -44,13 +44,12 @@ def main(run_folder: str) -> None:
     device = choose_device(config.device)
     dist.init(device)
     stop = StopRequest()
+    holding = hold(folder) if dist.rank() == 0 else None  # until this process ends
     index = read_index(config.data.dir)
     loader = Loader(index, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
-    plan = plan_of(config, len(loader))
+    plan = plan_of(config, len(loader), device)
 
     objective = build(config, device)
-    if config.model.init:
-        start_from(objective, config.model.init)
     model = distribute(objective, device)
     knobs = config.optim
     optimizer = Lars(
@@ -61,7 +60,9 @@ def main(run_folder: str) -> None:
         clip=knobs.clip,
     )
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    start, told = restore(checkpoints, objective, optimizer)
+    if holding:
+        checkpoints.tidy()
+    start, told = restore(checkpoints, objective, optimizer, config, index)
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
     for line in (*told, describe(config, plan, objective, device, start)):
         recorder.say(line)
@@ -84,7 +85,8 @@ def main(run_folder: str) -> None:
             return model([view.to(memory_format=torch.channels_last) for view in views])
 
     def state() -> dict[str, Any]:
-        return {"model": objective.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(config)}
+        weights = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
+        return {**weights, "config": asdict(config), "data": hashes(config, index)}
 
     def evaluate() -> Iterator[tuple[str, float]]:
         return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
@@ -131,11 +133,19 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda", dist.local_rank())
 
 
-def plan_of(config: Pretrain, count: int) -> Plan:
+def plan_of(config: Pretrain, count: int, device: torch.device) -> Plan:
     per_epoch = order.steps_per_epoch(count, config.batch_size)
     steps = config.epochs * per_epoch
     evaluate_every = config.knn.every_epochs * per_epoch
-    return Plan(steps, per_epoch, config.batch_size, config.log_every, config.checkpoint.every_steps, evaluate_every)
+    return Plan(
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        save_every=config.checkpoint.every_steps,
+        agree_every=1 if device.type == "cpu" else 10,
+        evaluate_every=evaluate_every,
+    )
 
 
 def peak_rates(config: Pretrain) -> tuple[float, float]:
@@ -167,18 +177,25 @@ def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def start_from(objective: BarlowTwins, where: str) -> None:
-    """Begin with another run's weights; the optimizer and the steps are this run's own."""
-    path = find(where)
-    load_weights(objective, load(path)["model"], str(path))
+def hashes(config: Pretrain, index: Index) -> list[str]:
+    """What the run learns from, whatever folder it lies in."""
+    return [shard.sha256 for split in config.data.splits for shard in index.split(split).files]
 
 
-def restore(checkpoints: Checkpoints, objective: BarlowTwins, optimizer: Lars) -> tuple[int, list[str]]:
-    """Go on from the newest checkpoint that verifies; rank 0 chooses it for all. First start: from the seed."""
+def restore(
+    checkpoints: Checkpoints, objective: BarlowTwins, optimizer: Lars, config: Pretrain, index: Index
+) -> tuple[int, list[str]]:
+    """Go on from the newest checkpoint that verifies; rank 0 chooses it for all. First start: from the seed, or with
+    another run's weights and an optimizer of its own."""
     path, told = dist.broadcast(checkpoints.newest() if dist.rank() == 0 else (None, []))
     if path is None:
+        if config.model.init:
+            origin = dist.broadcast(find(config.model.init) if dist.rank() == 0 else Path())
+            load_weights(objective, load(origin)["model"], str(origin))
         return 0, told
     stored = load(path)
+    if stored["data"] != hashes(config, index):
+        raise UserError(f"the shards in {config.data.dir} are not those this run began with: choose another --run")
     load_weights(objective, stored["model"], str(path))
     optimizer.load_state_dict(stored["optimizer"])
     return stored["step"], [*told, f"going on from {path.name}"]

@@ -87,6 +87,8 @@ def test_a_full_disk_keeps_the_old_ones(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoints.save(2, state(2.0))
     checkpoints.wait()
     assert "No space left" in checkpoints.failed
+    with pytest.raises(UserError, match="make room"):
+        checkpoints.finish()
     assert checkpoints.newest()[0] == tmp_path / "step-000000001.pt"
     assert {p.name for p in tmp_path.iterdir()} == {"step-000000001.pt", "step-000000001.json", "latest.json"}
 
@@ -106,3 +108,33 @@ def test_find(tmp_path: Path) -> None:
         checkpoint.find(str(tmp_path / "nothing.pt"))
     saved(tmp_path / "checkpoints", [4])
     assert checkpoint.find(str(tmp_path)).name == "step-000000004.pt"
+
+
+def test_a_new_save_replaces_a_damaged_later_one(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [10, 20, 30], keep=1)
+    newest = tmp_path / "step-000000030.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    checkpoints.save(10, state(1.0))  # a run that fell back and comes by again
+    checkpoints.wait()
+    path, told = checkpoints.newest()
+    assert path == tmp_path / "step-000000010.pt"
+    assert told == []
+    assert json.loads((tmp_path / "latest.json").read_text())["step"] == 10
+
+
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, [1])
+    (tmp_path / ".step-000000002.pt.4242").write_bytes(b"half")
+    checkpoints.tidy()
+    assert {p.name for p in tmp_path.iterdir()} == {"step-000000001.pt", "step-000000001.json", "latest.json"}
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", None])
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "weights.pt"
+    if content is None:
+        torch.save({"w": torch.ones(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is no checkpoint \(.+\): name a run folder"):
+        checkpoint.load(path)

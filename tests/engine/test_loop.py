@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,9 @@ from barlow.engine.checkpoint import Checkpoints, load
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
-from barlow.errors import Preempted
+from barlow.errors import Preempted, UserError
 
-PLAN = Plan(steps=12, steps_per_epoch=4, batch_size=8, log_every=5, save_every=4, evaluate_every=6)
+PLAN = Plan(steps=12, steps_per_epoch=4, batch_size=8, log_every=5, save_every=4, agree_every=1, evaluate_every=6)
 
 
 class Regression:
@@ -164,3 +166,33 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     newest, _ = run.checkpoints.newest()
     assert newest is not None
     assert newest.name == "step-000000004.pt"
+
+
+def test_told_to_stop_between_two_looks_it_saves_that_very_step(tmp_path: Path) -> None:
+    run = Regression(tmp_path, replace(PLAN, log_every=100, save_every=100, evaluate_every=0))
+    run.told_at = 6
+    with pytest.raises(Preempted, match="saved at step 7"):
+        run.fit()
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_last_save_that_fails_is_no_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, save, calls = Regression(tmp_path), torch.save, []
+
+    def full_for_a_while(*words: Any) -> None:
+        calls.append(words[0]["step"])
+        if len(calls) in broken:
+            raise OSError(28, "No space left on device")
+        save(*words)
+
+    monkeypatch.setattr(torch, "save", full_for_a_while)
+    broken = {2}
+    run.fit()  # the second of three: training goes on, and says so
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert "warning: the checkpoint of step 8 was not written: [Errno 28] No space left on device" in log
+    assert sorted(p.name for p in tmp_path.glob("checkpoints/*.pt")) == ["step-000000004.pt", "step-000000012.pt"]
+
+    (tmp_path / "again").mkdir()
+    again, broken = Regression(tmp_path / "again"), {6}
+    with pytest.raises(UserError, match=r"step 12 was not written.*make room in"):
+        again.fit()

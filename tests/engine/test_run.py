@@ -42,6 +42,7 @@ def test_same_config_goes_on_and_another_is_refused_by_name(config: Pretrain) ->
     files.write_status(folder, state="preempted", step=7)
     run.prepare(replace(config, log_every=3, checkpoint=Checkpoint(every_steps=9)), "b", ROOT)
     assert files.read_status(folder)["step"] == 7  # going on does not reset what the run has done
+    files.write_status(folder, attempts=1)
     with pytest.raises(UserError, match=r"run 'first' exists with another config \(optim.lr 0.2 there, 0.3 here\)"):
         run.prepare(replace(config, optim=replace(config.optim, lr=0.3)), "c", ROOT)
     assert run.load_config(folder, Pretrain).optim.lr == 0.2
@@ -51,3 +52,29 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run folder"):
         run.prepare(Pretrain(run="x", runs_dir=str(tmp_path / "file")), "", ROOT)
+
+
+def test_a_run_that_never_began_takes_another_config(config: Pretrain) -> None:
+    run.prepare(config, "a", ROOT)
+    folder = run.prepare(replace(config, batch_size=64), "b", ROOT)
+    assert run.load_config(folder, Pretrain).batch_size == 64
+
+
+def test_a_knob_newer_than_the_run_counts_with_its_default(config: Pretrain) -> None:
+    folder = run.prepare(config, "a", ROOT)
+    files.write_status(folder, attempts=1)
+    stored = files.read_json(folder / "config.json")
+    del stored["knn"]["size"]
+    files.write_json(folder / "config.json", stored)
+    assert run.load_config(folder, Pretrain) == config
+    run.refuse_other_config(config)
+    with pytest.raises(UserError, match=r"knn.size 0 there, 64 here"):
+        run.refuse_other_config(replace(config, knn=replace(config.knn, size=64)))
+
+
+def test_a_run_has_one_writer(tmp_path: Path) -> None:
+    first = run.hold(tmp_path)
+    with pytest.raises(UserError, match="another process writes run"):
+        run.hold(tmp_path)
+    first.close()
+    run.hold(tmp_path).close()

@@ -74,13 +74,15 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return found
 
 
-def kill_rank_after(rank: int, step: int, folder: Path, started: subprocess.Popen) -> None:
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+def signal_rank_after(rank: int, step: int, number: int, folder: Path, started: subprocess.Popen) -> None:
+    """Send the signal when metrics.jsonl has this many steps; the rank is looked up before, for steps are short."""
+    metrics, deadline, process = folder / "metrics.jsonl", time.monotonic() + 120, 0
     while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
         assert started.poll() is None, started.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(ranks_of(folder)[rank], signal.SIGKILL)
+        process = process or (ranks_of(folder).get(rank, 0) if metrics.exists() else 0)
+        time.sleep(0.005)
+    os.kill(process, number)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_four_slurm_nodes_killed_and_started_again_end_bit_identical(
     started = subprocess.Popen(
         command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    kill_rank_after(2, 5, folder, started)
+    signal_rank_after(2, 5, signal.SIGKILL, folder, started)
     told, _ = started.communicate(timeout=90)
     assert started.returncode == 1, told
     assert not ranks_of(folder)
@@ -140,7 +142,7 @@ def test_a_killed_rank_ends_all_and_the_same_command_ends_bit_identical(
     started = subprocess.Popen(
         command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    kill_rank_after(2, 5, tmp_path / "killed", started)
+    signal_rank_after(2, 5, signal.SIGKILL, tmp_path / "killed", started)
     told, _ = started.communicate(timeout=60)
     assert started.returncode == 1
     assert b"rank 2 was killed by SIGKILL" in told
@@ -162,11 +164,7 @@ def test_told_to_stop_it_saves_and_goes_on_with_fewer_ranks(tiny_data: Path, tmp
         cwd=ROOT,
         stdout=subprocess.PIPE,
     )
-    metrics, deadline = tmp_path / "told" / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(ranks_of(tmp_path / "told")[3], signal.SIGUSR2)
+    signal_rank_after(3, 4, signal.SIGUSR2, tmp_path / "told", started)
     started.communicate(timeout=60)
     status = json.loads((tmp_path / "told" / "status.json").read_text())
     assert status["state"] == "preempted", status
@@ -186,8 +184,8 @@ def test_knn_and_its_baselines_end_in_results(tiny_data: Path, tmp_path: Path) -
     rows = [json.loads(line) for line in (tmp_path / "knn" / "metrics.jsonl").read_text().splitlines()]
     assert ["knn_top1" in row for row in rows] == [False, False, True, False, False, False]
     assert list((tmp_path / "knn" / "tensorboard").iterdir())
-    again = pretrain(tiny_data, tmp_path, *flags)  # nothing left to do: says so, changes nothing
-    assert "finished" in again.stdout
+    again = pretrain(tiny_data, tmp_path, *flags)
+    assert again.stdout.startswith("run knn has finished its 6 steps")
     assert json.loads((tmp_path / "knn" / "results.json").read_text()) == results
 
 
@@ -211,6 +209,8 @@ def one_line(done: subprocess.CompletedProcess, told: str) -> None:
         ("--batch-size 4096", "batch size 4096 is larger than the data"),
         ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
         ("--optim.lr fast", "--optim.lr"),
+        ("--batch-size 30 --nodes 4 --cluster local --dry-run", "batch size 30 is not divisible by 4 ranks"),
+        ("--nodes 4", "--nodes 4 needs SLURM"),
         ("--model.init nothing.pt", "--model.init: no checkpoint "),
     ],
 )
@@ -240,3 +240,32 @@ def test_another_config_or_architecture_is_refused(tiny_data: Path, tmp_path: Pa
     one_line(done, "run 'four' exists with another config (optim.lr ")
     done = pretrain(tiny_data, tmp_path, "--model.init", str(undisturbed), "--model.backbone", "resnet34", fine=False)
     one_line(done, "is of another architecture (backbone.layer1.2")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    flags = ("--run", "nan", "--cluster", "local", "--optim.lr-biases", "1e30", "--checkpoint.every-steps", "1")
+    done = pretrain(tiny_data, tmp_path, *flags, fine=False)
+    assert done.returncode == 1
+    assert "FloatingPointError" in done.stderr
+    status = json.loads((tmp_path / "nan" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "step" in status["why"]
+    kept = weights(tmp_path / "nan")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_and_never_a_finished_run(tiny_data: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        flags = ("--run", "full", "--cluster", "local", "--model.projector", "2048", "256", "--checkpoint.keep", "9")
+        done = pretrain(tiny_data, tmp_path, *flags, fine=False)
+        one_line(done, "No space left on device")
+        assert json.loads((tmp_path / "full" / "status.json").read_text())["state"] == "failed"
+        assert not (tmp_path / "full" / "results.json").exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
