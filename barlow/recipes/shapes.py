@@ -1,7 +1,7 @@
 """python launchers/pretrain.py shapes: the embedded set, small enough for two CPU cores. What `make demo` runs.
 
-What makes a short run on a small set work: a small network with a small projector and small views, so that there are many
-steps; colours that change more than in photographs, because here they never tell what is in the picture; fast biases."""
+What makes a short run on a small set work: a small network, a small projector and small views, so that there are many
+steps; colours that change more than in photographs, for here they never tell what is in the picture; fast biases."""
 
 from barlow.config import BarlowTwins, Checkpoint, Data, Knn, Lars, Model, Pretrain, View, Views
 
