@@ -38,12 +38,12 @@ def build(config: config.Model) -> nn.Module:
 
 
 def _check(config: config.Model) -> None:
-    names = [n for module in FAMILY for n in timm.list_models(module=module) if not n.endswith("_pruned")]
+    listed = [name for module in FAMILY for name in timm.list_models(module=module)]
+    names = [name for name in listed if not name.endswith(("_pruned", "_gn"))]  # _gn: group norms, no batch norms
     if config.backbone not in names:
         close = difflib.get_close_matches(config.backbone, names, n=4, cutoff=0.5) or ["resnet18", "resnet50"]
-        raise UserError(
-            f"--model.backbone {config.backbone}: not a ResNet of timm {timm.__version__}: try {', '.join(close)}"
-        )
+        kind = f"not a ResNet with batch norms of timm {timm.__version__}"
+        raise UserError(f"--model.backbone {config.backbone}: {kind}: try {', '.join(close)}")
     if not config.width > 0:
         raise UserError(f"--model.width {config.width}: must be above 0: 1.0 is the model as it is published")
 

@@ -128,7 +128,7 @@ def test_wrong_names_are_one_line_with_suggestions() -> None:
         with pytest.raises(UserError, match=hint) as caught:
             backbone.build(replace(PLAIN, backbone=wrong))
         assert "\n" not in str(caught.value)
-    for name in ("vit_base_patch16_224", "hf-hub:somebody/resnet50", "", "ecaresnet50d_pruned"):
+    for name in ("vit_base_patch16_224", "hf-hub:somebody/resnet50", "", "ecaresnet50d_pruned", "resnet50_gn"):
         with pytest.raises(UserError, match="not a ResNet"):
             backbone.build(replace(PLAIN, backbone=name))
     with pytest.raises(UserError, match=r"model\.width"):
