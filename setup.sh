@@ -30,12 +30,12 @@ system_packages() {
 
 if [ ${#first[@]} -gt 0 ] || [ ${#missing[@]} -gt 0 ]; then
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-        echo "error: system packages are missing; run: sudo apt-get install -y --no-install-recommends ${first[*]:-} ${missing[*]:-}" \
+        echo "error: system packages are missing; run: sudo apt-get update && sudo apt-get install -y --no-install-recommends ${first[*]:-} ${missing[*]:-}" \
             "  (environment.yml needs no root)" >&2
         exit 2
     fi
     log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
+    trap 'wait; rm -f "$log"' EXIT                     # whatever fails, apt is not left half way
     apt-get update -qq
 fi
 system_packages "${first[@]}"
