@@ -8,6 +8,7 @@ what is left is exactly the gradient that one rank with the whole batch would ha
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -157,20 +158,25 @@ def _interface_towards(host: str) -> str | None:
     Left alone, gloo takes the one that the machine's own name resolves to, and Debian resolves that to 127.0.1.1.
     """
     address = _address_towards(host)
-    named_loopback = address is not None and address.startswith("127.") and not host.startswith(("127.", "localhost"))
-    if named_loopback:  # this machine by its name: the others come in where this one goes out
-        address = _address_towards("192.0.2.1")  # nobody's address: any route out will do
     if address is None:
         return None
+    names = _interfaces()
+    if address.startswith("127.") and not host.startswith(("127.", "localhost")):
+        # This machine by its name: the others come in where this one goes out. Without a way out (192.0.2.1 is nobody's
+        # address), by its first interface but the loopback; if that is the only one, all ranks are here.
+        address = _address_towards("192.0.2.1") or next((a for a in names if not a.startswith("127.")), address)
+    return "lo" if address.startswith("127.") else names.get(address)
+
+
+def _interfaces() -> dict[str, str]:
+    """Names of this machine's network interfaces by their IPv4 addresses."""
+    names = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            try:
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
                 found = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-            except OSError:  # an interface without an IPv4 address
-                continue
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
-    return None
+                names[socket.inet_ntoa(found[20:24])] = name
+    return names
 
 
 def _address_towards(host: str) -> str | None:

@@ -84,6 +84,9 @@ def resolve(cluster: Cluster) -> Cluster:
         value = getattr(full, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if full.gpus_per_node and full.ranks_per_node not in (None, full.gpus_per_node):
+        asked = f"--gpus-per-node {full.gpus_per_node} with --ranks-per-node {full.ranks_per_node}"
+        raise UserError(f"{asked}: each GPU is one rank: leave one out, or give --gpus-per-node 0 for ranks on CPUs")
     if full.time:
         minutes(full.time)
     return full

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from barlow.errors import UserError, one_line_errors
@@ -92,6 +91,9 @@ def up(folder: Path, nodes: int = 4, grace: int = 0) -> None:
         for node in names(nodes):
             start(folder, environment, "slurmd", "-N", node)
         wait_until_idle(folder, nodes)
+    except UserError:
+        end(folder)  # its logs stay, until the next `up` or `down`
+        raise
     except BaseException:
         down(folder, quiet=True)
         raise
@@ -103,6 +105,19 @@ def up(folder: Path, nodes: int = 4, grace: int = 0) -> None:
 def down(folder: Path, quiet: bool = False) -> None:
     """End every process of the cluster, jobs' included, and remove its folder and its line in /etc/hosts."""
     folder = folder.absolute()
+    known = (folder / "cluster.json").exists()
+    if known or not folder.exists():  # someone may have removed it while the cluster was up
+        end(folder)
+    if known:
+        sockets = Path(json.loads((folder / "cluster.json").read_text())["sockets"])
+        for place in {sockets, folder}:
+            shutil.rmtree(place, ignore_errors=True)
+    if not quiet:
+        print(f"the cluster in {folder} is down" if known else f"no cluster in {folder}")
+
+
+def end(folder: Path) -> None:
+    """End the processes and take away the line in /etc/hosts."""
     for patience, number in ((3.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
         end, told = time.monotonic() + patience, set[int]()
         while (left := processes(folder)) and time.monotonic() < end:
@@ -113,13 +128,6 @@ def down(folder: Path, quiet: bool = False) -> None:
                 told.add(pid)
             time.sleep(0.05)
     edit_hosts(folder, nodes=0)
-    known = (folder / "cluster.json").exists()
-    if known:
-        sockets = Path(json.loads((folder / "cluster.json").read_text())["sockets"])
-        for place in {sockets, folder}:
-            shutil.rmtree(place, ignore_errors=True)
-    if not quiet:
-        print(f"the cluster in {folder} is down" if known else f"no cluster in {folder}")
 
 
 def status(folder: Path) -> int:
@@ -225,7 +233,7 @@ def start(folder: Path, environment: dict[str, str], program: str, *arguments: s
         command = [str(path), *arguments]
         done = subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     if done.returncode:
-        raise UserError(f"{program} did not start:\n{tail(folder / 'boot.log')}")
+        raise UserError(f"{program} did not start: {last_line(folder / 'boot.log')}")
 
 
 def wait_until_idle(folder: Path, nodes: int) -> None:
@@ -238,7 +246,7 @@ def wait_until_idle(folder: Path, nodes: int) -> None:
     late = [node for node in names(nodes) if states.get(node) != "idle"]
     log = folder / (f"{late[0]}.log" if states else "slurmctld.log")
     heard = states or "slurmctld does not answer"
-    raise UserError(f"{', '.join(late)} not idle after {TIMEOUT:.0f} s ({heard}); {log} ends:\n{tail(log)}")
+    raise UserError(f"{', '.join(late)} not idle after {TIMEOUT:.0f} s ({heard}): {last_line(log)}")
 
 
 def node_states(folder: Path) -> dict[str, str]:
@@ -257,12 +265,14 @@ def ask(folder: Path, *command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def tail(path: Path, lines: int = 8) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no such file)"
+def last_line(log: Path) -> str:
+    """What a log ends with, and where more is said."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return f"{next((line.strip() for line in reversed(lines) if line.strip()), 'no word')} (more in {log})"
 
 
 def processes(folder: Path) -> dict[int, str]:
-    """The cluster's live processes: its daemons (they hold its files open), what its jobs run, and all below these."""
+    """The cluster's live processes: its daemons and what its jobs run, both by its SLURM_CONF, and all below these."""
     parents: dict[int, int] = {}
     found: dict[int, str] = {}
     comm: dict[int, str] = {}
@@ -276,20 +286,13 @@ def processes(folder: Path) -> dict[int, str]:
             parents[pid], comm[pid] = int(fields[1]), (entry / "comm").read_text().strip()
             environment = (entry / "environ").read_bytes().split(b"\0")
             of_job = any(item.startswith(b"SLURMD_NODENAME=") for item in environment)
-            of_job = of_job and f"SLURM_CONF={folder}/slurm.conf".encode() in environment
-            if of_job or (comm[pid] in DAEMONS and any(path.startswith(f"{folder}/") for path in open_files(entry))):
+            if f"SLURM_CONF={folder}/slurm.conf".encode() in environment and (of_job or comm[pid] in DAEMONS):
                 found[pid] = comm[pid]
     below = set(found)
     while below:
         below = {pid for pid, parent in parents.items() if parent in below and pid not in found}
         found |= {pid: comm[pid] for pid in below}
     return found
-
-
-def open_files(process: Path) -> Iterator[str]:
-    for link in (process / "fd").iterdir():
-        with contextlib.suppress(OSError):
-            yield os.readlink(link)
 
 
 def edit_hosts(folder: Path, nodes: int) -> None:

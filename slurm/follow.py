@@ -9,14 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+from barlow.files import read_status, write_status
 from slurm.local import show_failure
-from slurm.states import State, job_state, merge_status, read_failure, read_status, record_killed
+from slurm.states import State, job_state, read_failure, record_killed
 
 EVERY = 0.5  # seconds between two looks at the log
 ASK_EVERY = 2.0  # seconds between two questions to slurmctld
 LINGER = 30.0  # seconds after which a preempted job has been cancelled rather than put back into the queue
 ENDED = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+?)(?: \(.*\))?$", re.MULTILINE)
-RESTART = re.compile(r"\*\*\* JOB \d+ ON .*")  # what slurmstepd writes as a job goes back to the queue
+BEGINS = "start"  # what the job's script writes first, with a number, each time it starts
 
 
 def follow(folder: Path, job: str, seen: int = 0) -> int:
@@ -71,18 +72,22 @@ def report(folder: Path, job: str, state: State) -> int:
     else:
         why = f"job {job} ended: {state if state.name else 'SLURM has forgotten it'}"
         if not finished:
-            merge_status(folder, state="cancelled" if state.name == "CANCELLED" else "failed", why=why)
+            write_status(folder, state="cancelled" if state.name == "CANCELLED" else "failed", why=why)
     print(f"{why}; logs: {folder / 'logs'}", file=sys.stderr)
     return 1
 
 
 def killed_rank(folder: Path, job: str) -> tuple[int, str, str] | None:
     """Rank, node and how, if the end began with a rank's death by a signal, as srun tells it; none if otherwise."""
-    log = folder / "logs" / "submitit" / f"{job}_0_log.out"
-    last_attempt = RESTART.split(log.read_text(errors="replace"))[-1] if log.exists() else ""
-    first = ENDED.search(last_attempt)
+    first = ENDED.search(output_of(folder, job))
     if first is None or first.group(3).startswith("Exited with exit code"):
         return None
     name = {signal.strsignal(number): f"killed by {number.name}" for number in signal.Signals}.get(first.group(3))
     rank = int(re.split("[,-]", first.group(2))[0])
     return rank, first.group(1), f"was {name or 'ended: ' + first.group(3)}"
+
+
+def output_of(folder: Path, job: str) -> str:
+    """What the job's script and srun have said since its last start."""
+    log = folder / "logs" / "submitit" / f"{job}_0_log.out"
+    return re.split(rf"^{BEGINS} \d+$", log.read_text(errors="replace"), flags=re.MULTILINE)[-1] if log.exists() else ""

@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import importlib
 import os
+import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from types import FrameType
+from typing import NoReturn
 
 from barlow.errors import Preempted, UserError
+from barlow.files import read_status, write_status
 from slurm.states import record_failure
 
-if TYPE_CHECKING:
-    from submitit.helpers import DelayedSubmission
-
+TOLD = (signal.SIGTERM, signal.SIGUSR2)  # how SLURM says that a job is to stop
+EARLY = "told to stop before it began"
 STOPPED = 75  # exit code of a rank that was told to stop and has saved (EX_TEMPFAIL: try again)
 WAIT = 300.0  # seconds for SLURM to end a rank that cannot ask for it; more than any grace time is likely to be
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which the kernel hands out ports
-SIOCGIFADDR = 0x8915
 PR_SET_PDEATHSIG = 1
 
 
@@ -45,17 +45,48 @@ class Job:
     working_folder: str
 
     def __call__(self) -> None:
-        # submitit ignores SIGTERM, which only delays every end until SLURM's SIGKILL. A stage may set its own handler.
-        for number in (signal.SIGTERM, signal.SIGCONT):
-            signal.signal(number, signal.SIG_DFL)
+        heed_signals_until_the_stage_does(Path(self.folder))
         os.environ.update(slurm_ranks(os.environ))
         run(self.module, self.folder, self.working_folder)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues again: the same. All state is in the run folder."""
-        from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+def heed_signals_until_the_stage_does(folder: Path) -> None:
+    """Told to stop while the stage still imports, or waits for other ranks: see `stop_early`.
+
+    A thread sees to it, for the main one may be deep in C for minutes, and a handler would wait for it. These handlers
+    replace submitit's."""
+    told: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        told.append(number)
+
+    def watch() -> None:
+        while number := os.read(reading, 1)[0]:
+            if told or signal.getsignal(number) is note:  # else the stage has set its own handler
+                stop_early(folder, number)
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing)  # gets each signal's number at once
+    for each in TOLD:
+        signal.signal(each, note)
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stop_early(folder: Path, number: int) -> None:
+    """Preempted, or near the time limit: rank 0 sends the job back to the queue, the others go on till SLURM ends them.
+
+    Would they leave, a rank 0 that saves already could take that for a failure. Where a peer has failed, srun asks with
+    the same SIGTERM: then all leave at once."""
+    shown = show_job()
+    if preempted(shown) or number == signal.SIGUSR2:
+        if os.environ["SLURM_PROCID"] == "0":
+            leave(folder, EARLY)
+    elif running(shown):
+        exit_now(128 + number)
+    else:
+        leave(folder, EARLY)
 
 
 def run(module: str, folder: str, working_folder: str) -> None:
@@ -64,7 +95,7 @@ def run(module: str, folder: str, working_folder: str) -> None:
     try:
         importlib.import_module(module).main(folder)
     except Preempted as stopped:
-        leave(str(stopped))
+        leave(Path(folder), str(stopped))
     except UserError as error:
         fail(Path(folder), str(error), "", 2)
     except SystemExit as stop:
@@ -99,24 +130,58 @@ def fail(folder: Path, error: str, told: str, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def leave(why: str) -> NoReturn:
+def leave(folder: Path, why: str) -> NoReturn:
     """Saved, and told to stop. Under SLURM rank 0 sends the job back to the queue, unless it was ended for good.
 
     The other ranks leave with 0: a bad exit would end rank 0 before it has asked."""
     if launched_here():
         exit_now(STOPPED)
-    if os.environ.get("RANK", "0") == "0":
-        job = os.environ["SLURM_JOB_ID"]
-        shown = ask("scontrol", "--oneliner", "show", "job", job)
-        if "JobState=RUNNING" in shown and "Requeue=1" in shown:
-            print(f"stopped: {why}; job {job} goes back to the queue", flush=True)
-            ask("scontrol", "requeue", job)
-        elif not shown:
+    if os.environ["SLURM_PROCID"] == "0":
+        shown = show_job()
+        if not shown:
             # A preempted job goes back by itself if SLURM has to end it, but not if its ranks have left before.
             print(f"stopped: {why}; without scontrol this rank waits for SLURM to end it", flush=True)
             time.sleep(WAIT)
+        elif not requeue(folder, shown, why) and cancelled(shown):
+            print(f"stopped: {why}; the job was cancelled", flush=True)
+            with contextlib.suppress(OSError):
+                write_status(folder, state="cancelled", why=f"job {os.environ['SLURM_JOB_ID']} was cancelled: {why}")
         exit_now(STOPPED)
     exit_now(0)
+
+
+def requeue(folder: Path, shown: str, why: str) -> bool:
+    """Send the job back to the queue, if SLURM does not end it already and it may be; `shown`: what scontrol says."""
+    if not running(shown) or " Requeue=1 " not in shown:
+        return False
+    job = os.environ["SLURM_JOB_ID"]
+    print(f"stopped: {why}; job {job} goes back to the queue", flush=True)
+    with contextlib.suppress(OSError):
+        if read_status(folder).get("state") != "preempted":  # the stage has said so, and at which step
+            write_status(folder, state="pending", why=why)
+    ask("scontrol", "requeue", job)
+    return True
+
+
+def show_job() -> str:
+    return ask("scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"])
+
+
+def running(shown: str) -> bool:
+    """Also SIGNALING: what a running job is while a signal is under way to it."""
+    return bool(re.search(r"\bJobState=(RUNNING|SIGNALING)\b", shown))
+
+
+def preempted(shown: str) -> bool:
+    """Whether SLURM has asked this start of the job to make room."""
+    times = dict(re.findall(r"\b(PreemptTime|StartTime)=(\d\S+)", shown))
+    return "PreemptTime" in times and times["PreemptTime"] >= times.get("StartTime", "")
+
+
+def cancelled(shown: str) -> bool:
+    """Whether SLURM ends the job for good, and not for its time limit: one that it puts back has a restart more."""
+    ends = re.search(r"\bJobState=(CANCELLED|COMPLETING)\b", shown) and "Reason=TimeLimit" not in shown
+    return bool(ends) and f" Restarts={os.environ.get('SLURM_RESTART_COUNT', '0')} " in shown
 
 
 def ask(*command: str) -> str:
@@ -158,11 +223,6 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     if "OMP_NUM_THREADS" not in environment:
         cores = int(environment.get("SLURM_CPUS_ON_NODE", "1")) // local_world
         ranks["OMP_NUM_THREADS"] = environment.get("SLURM_CPUS_PER_TASK") or str(max(1, cores))
-    if nodes > 1 and "GLOO_SOCKET_IFNAME" not in environment:
-        # Seen from its own node a host may be 127.0.1.1, so the first node looks towards the second.
-        peer = hosts[1] if environment.get("SLURM_NODEID", "0") == "0" else hosts[0]
-        if name := interface_towards(reachable(peer, environment)):
-            ranks["GLOO_SOCKET_IFNAME"] = name
     return ranks
 
 
@@ -178,25 +238,6 @@ def reachable(host: str, environment: Mapping[str, str]) -> str:
     except socket.gaierror:
         return environment.get("SLURM_LAUNCH_NODE_IPADDR", host)
     return host
-
-
-def interface_towards(host: str) -> str:
-    """Name of the network interface through which this machine reaches the host; empty if that cannot be told.
-
-    Connecting a UDP socket sends nothing, but makes the kernel choose the way."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))
-            address = probe.getsockname()[0]
-            for _, name in socket.if_nameindex():
-                request = struct.pack("256s", name.encode()[:15])
-                with contextlib.suppress(OSError):  # an interface without an address
-                    found = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)[20:24])
-                    if found == address or (found == "127.0.0.1" and address.startswith("127.")):
-                        return name
-    except OSError:
-        pass
-    return ""
 
 
 def die_with(launcher: int) -> None:

@@ -16,10 +16,13 @@ from pathlib import Path
 from types import FrameType
 
 from barlow.errors import UserError
+from barlow.files import read_status, write_status
 from slurm.job import STOPPED
-from slurm.states import merge_status, read_failure, read_status, record_killed
+from slurm.states import read_failure, record_killed
 
-GRACE = 5.0  # seconds between asking a rank to end and killing it
+GRACE = 5.0  # seconds between asking a rank to end and killing it, after another has failed
+LEAVING = 30.0  # the same after this process was told to end: ranks save first
+AGAIN = 0.5  # seconds within which a second signal is still the first one: `timeout` and terminals send two
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 SAVING = 120.0  # seconds ranks may still save after the first of them has stopped as told
@@ -51,11 +54,13 @@ def run(module: str, folder: Path, ranks: int) -> int:
             ended = wait(started)
         except Told as told:
             number = signal.Signals(told.args[0])
-            print(f"{number.name}: ending {ranks_in_words(ranks)}", file=sys.stderr)
-            end_all(started)
+            print(f"{number.name}: ending {ranks_in_words(ranks)}; a second one kills", file=sys.stderr)
+            with contextlib.suppress(Told):
+                end_all(started, LEAVING)
+            end_all(started, grace=0.0)
             with contextlib.suppress(OSError):
-                if read_status(folder).get("state") == "running":
-                    merge_status(folder, state="cancelled", why=number.name)
+                if read_status(folder).get("state") in ("pending", "running"):
+                    write_status(folder, state="cancelled", why=number.name)
             return 128 + number
         finally:
             end_all(started, grace=0.0)
@@ -183,11 +188,17 @@ def guarded() -> Iterator[int]:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a closed terminal raise Told here, once; further ones are ignored while ranks end."""
+    """Ctrl-C, SIGTERM and a closed terminal raise Told here, twice at most: further ones are ignored."""
+    told: list[float] = []
 
     def tell(number: int, _: FrameType | None) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_IGN)
+        now = time.monotonic()
+        if told and (now - told[0] < AGAIN or number == signal.SIGHUP):
+            return
+        told.append(now)
+        if len(told) == 2:
+            for each in before:
+                signal.signal(each, signal.SIG_IGN)
         raise Told(number)
 
     # What is ignored already stays so: nohup means it.

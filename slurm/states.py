@@ -1,4 +1,4 @@
-"""Where a run stands: status.json and failure.json in its folder, and what squeue says of its job."""
+"""Where a run stands: the first failure of a start, in its folder, and what squeue says of its job."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import os
 import socket
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from barlow.files import read_json, write_json, write_status
 
 UNREACHABLE = "UNREACHABLE"  # ours, for a slurmctld that does not answer just now
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", UNREACHABLE}
@@ -49,15 +50,6 @@ def job_state(job: str) -> State:
     return State(UNREACHABLE, done.stderr.strip().replace("\n", "; "))
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "status.json")
-
-
-def merge_status(folder: Path, **changes: Any) -> None:
-    """Lay `changes` over status.json."""
-    write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})
-
-
 def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback: str, exit_code: int) -> bool:
     """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it."""
     logs = folder / "logs"
@@ -71,7 +63,7 @@ def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback:
     except FileExistsError:
         return False
     write_json(logs / "failure.json", failure)
-    merge_status(folder, state="failed", why=f"rank {rank} on {host}: {error}")
+    write_status(folder, state="failed", why=f"rank {rank} on {host}: {error}")
     return True
 
 
@@ -79,7 +71,7 @@ def record_killed(folder: Path, attempt: str, rank: int, host: str, error: str) 
     """The same for a rank that could not: it was killed, and what others said of it is no cause but a consequence."""
     failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "traceback": "", "exit_code": 1}
     write_json(folder / "logs" / "failure.json", failure)
-    merge_status(folder, state="failed", why=f"rank {rank} on {host} {error}")
+    write_status(folder, state="failed", why=f"rank {rank} on {host} {error}")
 
 
 def read_failure(folder: Path, attempt: str) -> dict[str, Any]:
@@ -87,17 +79,3 @@ def read_failure(folder: Path, attempt: str) -> dict[str, Any]:
     failure = read_json(folder / "logs" / "failure.json")
     found = str(failure.get("attempt", ""))
     return failure if found == attempt or (attempt.endswith(".") and found.startswith(attempt)) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
-    fresh.replace(path)

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,14 @@ from pathlib import Path
 import submitit
 
 from barlow.errors import UserError
+from barlow.files import read_status, write_status
 from slurm import local
 from slurm.cluster import Cluster, minutes, resolve
-from slurm.follow import follow
+from slurm.follow import BEGINS, follow
 from slurm.job import Job
-from slurm.states import job_state, merge_status, read_status
+from slurm.states import job_state
 
-TIMEOUTS = 1000  # restarts after the time limit; what ends such a run is its own last step
+PATIENCE = 15.0  # seconds for SLURM to answer
 SIGNAL_DELAY = 120  # seconds before the time limit at which ranks are told to save, at most a quarter of it
 DAY = 24 * 60
 
@@ -86,11 +88,7 @@ def why_no_slurm() -> str:
     """Empty if SLURM answers; otherwise what is wrong, and what would help."""
     if not shutil.which("sinfo") or not shutil.which("sbatch"):
         return "there is no SLURM on this machine (no sinfo, no sbatch)"
-    try:
-        answer = subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=15)
-    except subprocess.TimeoutExpired:
-        answer = None
-    if answer and answer.returncode == 0:
+    if ask_sinfo() is not None:
         return ""
     own = Path(".cluster/slurm.conf").absolute()
     if own.exists() and os.environ.get("SLURM_CONF") != str(own):
@@ -100,7 +98,7 @@ def why_no_slurm() -> str:
 
 def within_partition(cluster: Cluster) -> Cluster:
     """Name the partition and the time limit if they are open; refuse what the partition does not have."""
-    listed = ask_sinfo("--all", "--format=%P|%D|%l")  # name (the default one with a star), nodes, limit
+    listed = ask_sinfo("--all", "--format=%P|%D|%l") or []  # name (the default one with a star), nodes, limit
     known = {name.rstrip("*"): (int(nodes), limit) for name, nodes, limit in listed}
     default = [name.rstrip("*") for name, *_ in listed if name.endswith("*")]
     partition = cluster.partition or os.environ.get("SBATCH_PARTITION", "") or (default[0] if default else "")
@@ -120,8 +118,15 @@ def within_partition(cluster: Cluster) -> Cluster:
     return replace(cluster, partition=partition, time=time)
 
 
-def ask_sinfo(*options: str) -> list[list[str]]:
-    done = subprocess.run(["sinfo", "--noheader", *options], capture_output=True, text=True, timeout=60)
+def ask_sinfo(*options: str) -> list[list[str]] | None:
+    """Lines and fields of what it says; None if there is no SLURM to ask, as where only its packages are installed."""
+    try:
+        done = subprocess.run(["sinfo", "--noheader", *options], capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        instead = "try again (--cluster slurm), or run here (--cluster local)"
+        raise UserError(f"SLURM is there, but sinfo has no answer after {PATIENCE:.0f} s: {instead}") from None
+    if done.returncode:
+        return None
     return [[field.strip() for field in line.split("|")] for line in done.stdout.splitlines()]
 
 
@@ -146,15 +151,15 @@ class Executor(submitit.SlurmExecutor):
     run_folder: Path
 
     def _submit_command(self, command: str) -> submitit.Job[None]:
-        merge_status(self.run_folder, state="pending", why="", job="")
+        write_status(self.run_folder, state="pending", why="", job="")
         job: submitit.Job[None] = super()._submit_command(command)
-        merge_status(self.run_folder, job=job.job_id)
+        write_status(self.run_folder, job=job.job_id)
         return job
 
 
 def executor(folder: Path, cluster: Cluster) -> Executor:
     """All that is asked of SLURM."""
-    made = Executor(folder / "logs" / "submitit", max_num_timeout=TIMEOUTS)
+    made = Executor(folder / "logs" / "submitit")
     made.run_folder = folder
     code = folder / "code"
     options: dict[str, object] = {"requeue": True}
@@ -162,10 +167,12 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
     for option in cluster.sbatch:
         key, equals, value = option.lstrip("-").partition("=")
         options[key] = value if equals else True
-    srun = ["--kill-on-bad-exit=1", "--distribution=block", "--open-mode=append"]
+    srun = ["--kill-on-bad-exit=1", "--wait=0", "--distribution=block", "--open-mode=append"]
     srun += [f"--output={folder / 'logs' / 'rank_%t.log'}", f"--chdir={code}"]
     if cluster.cpus_per_rank:
         srun.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 srun does not take it from sbatch
+    begins = f"echo {BEGINS} ${{SLURM_RESTART_COUNT:-0}}"
+    settle = shlex.join([sys.executable, "-m", "slurm.settle", str(folder)])
     made.update_parameters(
         job_name=folder.name,
         partition=cluster.partition,
@@ -187,7 +194,8 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
         additional_parameters=options,
         srun_args=srun,
         # srun starts ranks in the snapshot, so Python looks there first; PYTHONPATH leads their own children there.
-        setup=[*cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        setup=[begins, *cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
+        teardown=["code=$?", f"(cd {shlex.quote(str(code))} && timeout 60 {settle})", "exit $code"],
     )
     return made
 
@@ -225,7 +233,10 @@ def submit(module: str, folder: Path, cluster: Cluster) -> str:
 def run_sbatch(options: list[str], text: str) -> str:
     """sbatch with a script on its standard input; empty if it accepts, else its complaint in one line."""
     with outside_any_job():
-        done = subprocess.run(["sbatch", *options], input=text, capture_output=True, text=True, timeout=120)
+        try:
+            done = subprocess.run(["sbatch", *options], input=text, capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            return "sbatch has no answer after 120 s"
     return one_line(done.stderr) if done.returncode else ""
 
 

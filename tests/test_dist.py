@@ -118,3 +118,14 @@ def test_gloo_takes_the_interface_that_reaches_the_first_rank(on_ranks: Ranks) -
     assert set(on_ranks(2, interface)) == {"lo"}
     assert dist._interface_towards("no-such-host.invalid") is None
     assert dist._interface_towards(socket.gethostname()) != "lo"  # a name that others can use is not the loopback
+
+
+def test_a_machine_known_as_loopback_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = {"first": "127.0.1.1", "192.0.2.1": "10.0.0.7"}
+    monkeypatch.setattr(dist, "_address_towards", lambda host: ways.get(host))
+    monkeypatch.setattr(dist, "_interfaces", lambda: {"127.0.0.1": "lo", "10.0.0.5": "eth0", "10.0.0.7": "ib0"})
+    assert dist._interface_towards("first") == "ib0"
+    ways.pop("192.0.2.1")  # a cluster without a way out
+    assert dist._interface_towards("first") == "eth0"
+    monkeypatch.setattr(dist, "_interfaces", lambda: {"127.0.0.1": "lo"})
+    assert dist._interface_towards("first") == "lo"

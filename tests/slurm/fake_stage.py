@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from barlow.errors import Preempted, UserError
-from slurm.states import write_json
+from barlow.files import write_json
 
 WORD = "original"  # a test changes it after submitting
 
@@ -27,16 +27,18 @@ def main(run_folder: str) -> None:
     if rank == 0:
         with open(folder / "ports", "a") as file:
             file.write(place["MASTER_PORT"] + "\n")
+    again = (folder / f"alive_{rank}").exists()
+    (folder / f"alive_{rank}").touch()
+    if rank == 1 and "late" in config:  # a number of seconds a start, as in "sleep"
+        time.sleep(config["late"][again])
     if config.get("sum", False):
         (folder / f"sum_{rank}.json").write_text(json.dumps(all_reduce(rank)))
-    if "sleep" in config:  # a number of seconds a start
-        again = (folder / f"alive_{rank}").exists()
-        (folder / f"alive_{rank}").touch()
+    if "sleep" in config:
         time.sleep(config["sleep"][again])
     if rank == config.get("rank", -1):
         fault(config["fault"], folder)
     if config.get("stoppable", False):
-        stop_when_told(folder / f"ready_{rank}")
+        stop_when_told(folder / f"ready_{rank}", config.get("saving", 0.5))
     if "fault" in config:
         time.sleep(60)
     print("done", flush=True)
@@ -47,24 +49,25 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 def all_reduce(rank: int) -> float:
     import torch
-    import torch.distributed as dist
 
-    dist.init_process_group("gloo")
-    value = torch.tensor([float(10**rank)])
-    dist.all_reduce(value)
+    from barlow import dist
+
+    dist.init(torch.device("cpu"))
+    total = dist.all_reduce_sum(torch.tensor([float(10**rank)])).item()
     dist.barrier()
-    dist.destroy_process_group()
-    return value.item()
+    dist.shutdown()
+    return total
 
 
-def stop_when_told(ready: Path) -> None:
+def stop_when_told(ready: Path, seconds: float) -> None:
     """As a real stage: a signal only sets a flag, the loop saves (here: takes a moment) and leaves."""
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     ready.touch()
     while not told:
         time.sleep(0.05)
-    time.sleep(0.5)
+    time.sleep(seconds)
+    ready.with_name(ready.name.replace("ready", "saved")).touch()
     raise Preempted("SIGTERM", 7)
 
 
@@ -75,6 +78,8 @@ def fault(kind: str, folder: Path) -> None:
         raise UserError("shards of data/x are cut short: write them again")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "silent":
+        os._exit(9)
     if kind.startswith("child"):  # a process of its own, which ignores SIGTERM
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)

@@ -58,6 +58,7 @@ def test_every_key_of_the_default_site_exists(tmp_path: Path) -> None:
         ("partition = gpu", "is not TOML"),
         ('time = "a day"', "--time a day"),
         ("gpus_per_node = -1", "--gpus-per-node -1: must be at least 0"),
+        ("gpus_per_node = 2\nranks_per_node = 8", "--gpus-per-node 2 with --ranks-per-node 8: each GPU is one rank"),
     ],
 )
 def test_bad_site_is_one_line(tmp_path: Path, text: str, said: str) -> None:

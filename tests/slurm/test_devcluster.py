@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -140,7 +141,24 @@ def test_what_cannot_work_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @needs_slurm
 def test_a_daemon_that_does_not_start_shows_its_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devcluster, "SLURM_CONF", devcluster.SLURM_CONF + "NoSuchKey=1\n")
-    with pytest.raises(UserError, match=r"slurmctld did not start:(.|\n)*NoSuchKey"):
+    with pytest.raises(UserError, match=r"slurmctld did not start: .* \(more in .*boot.log\)$") as caught:
         up(folder, nodes=1)
+    assert "\n" not in str(caught.value)
+    assert "NoSuchKey" in (folder / "boot.log").read_text()
     assert not processes(folder)
+    down(folder)
     assert not folder.exists()
+
+
+@needs_slurm
+def test_down_leaves_alone_what_is_not_its_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    up(folder, nodes=1)
+    seen = processes(folder)
+    down(folder.parent)  # holds the cluster, its logs and sockets, but is none
+    (folder / "cluster.json").rename(folder / "hidden")
+    down(folder)
+    assert capsys.readouterr().out.endswith(f"no cluster in {folder.parent}\nno cluster in {folder}\n")
+    assert processes(folder) == seen
+    shutil.rmtree(folder)
+    down(folder)
+    assert not processes(folder)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from barlow.files import read_json, read_status, write_status
 from slurm.follow import killed_rank, report
-from slurm.states import State, merge_status, read_json, read_status, record_failure
+from slurm.states import State, record_failure
 
 KILLED = """\
 srun: error: n3: task 2: Killed
@@ -18,6 +19,8 @@ RAISED = "srun: error: n2: task 1: Exited with exit code 1\nsrun: error: n3: tas
 PREEMPTED = """\
 srun: error: n4: task 3: Killed
 slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-20T05:29:15 DUE TO PREEMPTION ***
+srun: error: n1: task 0: Killed
+start 1
 """
 
 
@@ -67,7 +70,7 @@ def test_report(
     why: str,
 ) -> None:
     folder = run_folder(tmp_path, said)
-    merge_status(folder, state="running", why="")
+    write_status(folder, state="running", why="")
     if failure:
         record_failure(folder, "7.1", 1, failure, "trace of it\n", 1)
     assert report(folder, "7", State(state, "None", "n[1-4]")) == code
@@ -80,9 +83,9 @@ def test_report(
 
 def test_a_finished_run_that_slurm_has_forgotten(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "")
-    merge_status(folder, state="finished")
+    write_status(folder, state="finished")
     assert report(folder, "7", State()) == 0
-    merge_status(folder, state="running")
+    write_status(folder, state="running")
     assert report(folder, "7", State()) == 1
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from submitit.helpers import DelayedSubmission
 
-from slurm.job import Job, attempt, interface_towards, port, slurm_ranks
+from slurm.job import Job, attempt, cancelled, port, slurm_ranks
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -40,7 +39,6 @@ def known_hosts(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return []
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    monkeypatch.setattr("slurm.job.interface_towards", lambda host: f"towards {host}")
     return hosts
 
 
@@ -55,25 +53,16 @@ def test_ranks_from_the_step(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[
     got = ranks(monkeypatch)
     assert (got["RANK"], got["WORLD_SIZE"], got["LOCAL_RANK"], got["LOCAL_WORLD_SIZE"]) == ("5", "8", "1", "2")
     assert got["MASTER_ADDR"] == "gpu07"
-    assert got["GLOO_SOCKET_IFNAME"] == "towards gpu07"
     assert got["OMP_NUM_THREADS"] == "6"  # 12 cores of this node for its two ranks
     assert ranks(monkeypatch, SLURM_CPUS_PER_TASK="5")["OMP_NUM_THREADS"] == "5"
 
 
-def test_first_node_looks_towards_the_second(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[str, str]) -> None:
-    known_hosts.update(dict.fromkeys(("gpu07", "gpu08"), "10.0.0.1"))
-    assert ranks(monkeypatch, SLURM_NODEID="0")["GLOO_SOCKET_IFNAME"] == "towards gpu08"
-
-
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[str, str]) -> None:
-    got = ranks(monkeypatch, GLOO_SOCKET_IFNAME="ib0", OMP_NUM_THREADS="3")
-    assert "GLOO_SOCKET_IFNAME" not in got
-    assert "OMP_NUM_THREADS" not in got
+    assert "OMP_NUM_THREADS" not in ranks(monkeypatch, OMP_NUM_THREADS="3")
 
 
 def test_unknown_names_fall_back_to_sruns_address(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[str, str]) -> None:
-    got = ranks(monkeypatch)
-    assert (got["MASTER_ADDR"], got["GLOO_SOCKET_IFNAME"]) == ("127.0.0.1", "towards 127.0.0.1")
+    assert ranks(monkeypatch)["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_ports_differ_after_a_restart_and_between_jobs() -> None:
@@ -83,24 +72,33 @@ def test_ports_differ_after_a_restart_and_between_jobs() -> None:
     assert max(seen) < 32000
 
 
-def test_interface_of_this_machine() -> None:
-    assert interface_towards("127.0.0.1") == "lo"
-    assert interface_towards("no.such.host.invalid") == ""
-
-
 def test_attempts() -> None:
     assert attempt({"SLURM_JOB_ID": "7"}) == "7.0"
     assert attempt({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == "7.2"
     assert attempt({"SLURM_JOB_ID": "7", "BARLOW_ATTEMPT": "here-1"}) == "here-1"
 
 
-def test_job_travels_as_strings_and_queues_itself_again() -> None:
+def test_job_travels_as_strings() -> None:
     job = Job("some.module", "/runs/a", "/home/me")
     assert pickle.loads(pickle.dumps(job)) == job
     assert len(pickle.dumps(job)) < 300
-    again = job.checkpoint()
-    assert isinstance(again, DelayedSubmission)
-    assert (again.function, again.args, again.kwargs) == (job, (), {})
+
+
+@pytest.mark.parametrize(
+    ("shown", "restarts", "expected"),
+    [
+        ("JobState=COMPLETING Reason=None Requeue=1 Restarts=0 BatchFlag=1", "0", True),  # scancel
+        ("JobState=CANCELLED Reason=None Requeue=1 Restarts=2 BatchFlag=1", "2", True),
+        ("JobState=COMPLETING Reason=None Requeue=1 Restarts=1 BatchFlag=1", "0", False),  # goes back to the queue
+        ("JobState=COMPLETING Reason=TimeLimit Requeue=1 Restarts=0 BatchFlag=1", "0", False),
+        ("JobState=RUNNING Reason=None Requeue=0 Restarts=0 BatchFlag=1", "0", False),
+    ],
+)
+def test_whether_a_job_was_cancelled(
+    monkeypatch: pytest.MonkeyPatch, shown: str, restarts: str, expected: bool
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert cancelled(shown) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from slurm import local
 
 Run = Callable[..., tuple[int, str, str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -99,15 +102,49 @@ def test_failure_takes_along_what_a_rank_has_started(make_run: MakeRun, run: Run
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_ending_the_launcher_ends_all(make_run: MakeRun, start: Start, number: int, code: int) -> None:
     folder = make_run("interrupted", fault="child", rank=1)  # the child ignores SIGTERM
-    (folder / "status.json").write_text('{"state": "running", "step": 3}')
+    (folder / "status.json").write_text(json.dumps({"state": "pending" if number == signal.SIGINT else "running"}))
     launcher = start(folder, cluster="local", nodes=2)
     wait_for(lambda: len(pids(folder)) == 3)
     assert all(map(alive, pids(folder)))
     launcher.send_signal(number)
     _, err = launcher.communicate(timeout=20)
     assert launcher.returncode == code
-    assert err == f"{signal.Signals(number).name}: ending 2 ranks\n"
+    assert err == f"{signal.Signals(number).name}: ending 2 ranks; a second one kills\n"
     assert status(folder) == ("cancelled", signal.Signals(number).name)
+    assert not any(map(alive, pids(folder)))
+
+
+def launch_impatiently(folder: Path) -> None:
+    os.chdir(folder.parent)
+    local.GRACE = 0.1  # which is for ranks whose peer has failed
+    raise SystemExit(local.run("fake_stage", folder, 2))
+
+
+def test_ranks_may_save_when_the_launcher_is_told(make_run: MakeRun) -> None:
+    folder = make_run("saves", stoppable=True, saving=1.0)
+    launcher = multiprocessing.get_context("fork").Process(target=launch_impatiently, args=(folder,))
+    launcher.start()
+    wait_for(lambda: all((folder / f"ready_{rank}").exists() for rank in range(2)))
+    seen = pids(folder)
+    os.kill(launcher.pid or 0, signal.SIGTERM)
+    launcher.join(20)
+    assert launcher.exitcode == 143
+    assert all((folder / f"saved_{rank}").exists() for rank in range(2))
+    assert not any(map(alive, seen))
+
+
+def test_a_second_signal_ends_ranks_that_still_save(make_run: MakeRun, start: Start) -> None:
+    folder = make_run("hasty", stoppable=True, saving=60)
+    launcher = start(folder, cluster="local", nodes=2)
+    wait_for(lambda: all((folder / f"ready_{rank}").exists() for rank in range(2)))
+    launcher.send_signal(signal.SIGTERM)
+    launcher.send_signal(signal.SIGTERM)  # `timeout` sends two at once: they count as one
+    time.sleep(0.7)
+    assert launcher.poll() is None
+    assert all(map(alive, pids(folder)))
+    launcher.send_signal(signal.SIGINT)
+    launcher.communicate(timeout=5)
+    assert launcher.returncode == 143
     assert not any(map(alive, pids(folder)))
 
 

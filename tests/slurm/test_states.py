@@ -1,27 +1,14 @@
-"""status.json and failure.json: what is already there stays, and the first failure of an attempt wins."""
+"""failure.json: the first failure of an attempt wins; and what squeue says."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
 
-from slurm.states import State, merge_status, read_failure, read_status, record_failure
-
-
-def test_merge_keeps_what_others_wrote(tmp_path: Path) -> None:
-    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 40, "attempts": 2}))
-    merge_status(tmp_path, state="failed", why="disk")
-    got = read_status(tmp_path)
-    assert {key: got[key] for key in ("state", "step", "attempts", "why")} == {
-        "state": "failed",
-        "step": 40,
-        "attempts": 2,
-        "why": "disk",
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+from barlow.files import read_status
+from slurm.states import State, read_failure, record_failure
 
 
 def fail_as(folder: Path, rank: int, gate: multiprocessing.synchronize.Barrier) -> None:

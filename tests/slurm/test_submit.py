@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from slurm.states import job_state, read_status
+from barlow.errors import UserError
+from barlow.files import read_status
+from slurm import submit
+from slurm.cluster import Cluster
+from slurm.states import job_state
 from slurm.submit import one_line
 
 Run = Callable[..., tuple[int, str, str]]
@@ -68,6 +73,17 @@ def test_a_development_cluster_that_is_not_exported(tmp_path: Path, monkeypatch:
     code, _, err = run(tmp_path / "a", nodes=4)
     assert code == 2
     assert f"export SLURM_CONF={tmp_path}/.cluster/slurm.conf" in err
+
+
+def test_a_slow_slurm_is_not_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("sinfo", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 9\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.setattr(submit, "PATIENCE", 0.2)
+    with pytest.raises(UserError, match=r"no answer after .*--cluster slurm.*--cluster local") as caught:
+        submit.check(Cluster())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +189,7 @@ def test_dry_run_prints_what_sbatch_accepts(real_slurm: Path, tmp_path: Path, ru
     for option in [*wanted, "job-name=never", "cpus-per-task=2", "nice=5", "signal=USR2@120", "open-mode=append"]:
         assert f"#SBATCH --{option}\n" in out
     assert "echo 'ready'\n" in out
-    assert "--kill-on-bad-exit=1" in out
+    assert "--kill-on-bad-exit=1 --wait=0" in out
     assert f"# fake_stage.main('{folder}')" in out
     accepted = subprocess.run(["sbatch", "--test-only"], input=out, capture_output=True, text=True)
     assert accepted.returncode == 0, accepted.stderr
@@ -228,6 +244,49 @@ def test_preempted_job_comes_back(real_slurm: Path, make_run: MakeRun, start: St
 
 
 @needs_slurm
+def test_a_job_told_before_its_stage_heeds_comes_back(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
+    """Preempted with notice while rank 0 waits deep in C for a late rank; and while Python itself still starts."""
+    joining, starting = make_run("joining", sum=True, late=[60, 0]), make_run("starting", sum=True)
+    slow = "import os, pathlib, time\nif 'SLURM_STEP_ID' in os.environ and 'SLURM_RESTART_COUNT' not in os.environ:\n"
+    slow += f"    pathlib.Path('{starting}', 'slow_' + os.environ['SLURM_PROCID']).touch()\n    time.sleep(60)\n"
+    (starting / "sitecustomize.py").write_text(slow)
+    grace = ["scontrol", "update", "PartitionName=main"]
+    subprocess.run([*grace, "GraceTime=20"], check=True)
+    try:
+        assert run(joining, nodes=2)[0] == 0
+        assert run(starting, nodes=2, setup=[f"export PYTHONPATH={starting}"])[0] == 0
+        marks = [joining / "alive_0", joining / "alive_1", starting / "slow_0", starting / "slow_1"]
+        wait_for(lambda: all(mark.exists() for mark in marks))
+        time.sleep(3)  # rank 0 imports torch and waits for rank 1
+        urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        began = time.monotonic()
+        subprocess.run(urgent, check=True, capture_output=True, cwd=joining)
+        jobs = [read_status(folder)["job"] for folder in (joining, starting)]
+        wait_for(lambda: all(job_state(job).name == "PENDING" for job in jobs), seconds=15)
+        assert time.monotonic() - began < 15  # not at the end of the grace time, but by themselves
+        assert [read_status(folder)["state"] for folder in (joining, starting)] == ["pending", "pending"]
+        wait_for(lambda: all(job_state(job).name == "COMPLETED" for job in jobs), seconds=60)
+    finally:
+        subprocess.run([*grace, "GraceTime=0"], check=True)
+    for folder in (joining, starting):
+        assert [json.loads((folder / f"sum_{rank}.json").read_text()) for rank in range(2)] == [11.0, 11.0]
+        assert not (folder / "logs" / "failure.json").exists()
+    assert "told to stop before it began; job" in (joining / "logs" / "rank_0.log").read_text()
+
+
+@needs_slurm
+def test_a_killed_rank_is_told_though_nobody_follows(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
+    killed, silent = make_run("unwatched", fault="kill", rank=1), make_run("silent", fault="silent", rank=1)
+    for folder in (killed, silent):
+        assert run(folder, nodes=2)[0] == 0
+    wait_for(lambda: not any(job_state(read_status(folder)["job"]).alive for folder in (killed, silent)))
+    assert job_state(read_status(killed)["job"]).name == "FAILED"
+    assert [read_status(folder)["state"] for folder in (killed, silent)] == ["failed", "failed"]
+    assert re.fullmatch(r"rank 1 on n\d was killed by SIGKILL", read_status(killed)["why"])
+    assert "Exited with exit code 9" in read_status(silent)["why"]
+
+
+@needs_slurm
 def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
     told, alone, cancelled = (make_run(name, stoppable=True) for name in ("told", "alone", "cancelled"))
     (alone / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # as good as none, for ranks of the second run
@@ -246,6 +305,8 @@ def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(real_slurm: Path
     assert job_state(job_alone).name == "RUNNING"
     wait_for(lambda: not job_state(job_cancelled).alive)
     assert job_state(job_cancelled).name == "CANCELLED"
+    assert read_status(cancelled)["state"] == "cancelled"
+    assert read_status(told)["state"] == "pending"
     assert not any((folder / "logs" / "failure.json").exists() for folder in (told, alone, cancelled))
     subprocess.run(["scancel", job, job_alone], check=True)
 
