@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import deque
@@ -89,6 +90,7 @@ class Loader:
             except BaseException as error:  # of any kind, or the consumer would wait for ever
                 started.put(error)
 
+        at_exit = sys.is_finalizing  # kept here: a module's names are gone when Python ends
         producer = threading.Thread(target=produce, name="batches", daemon=True)
         producer.start()
         try:
@@ -101,7 +103,8 @@ class Loader:
         finally:
             closed.set()
             room.release()
-            producer.join()
+            if not at_exit():  # Python has stopped the thread for good then; to wait for it would be for ever
+                producer.join()
             while not started.empty():
                 if isinstance(unwanted := started.get(), Started):
                     for part in unwanted.parts:
