@@ -39,13 +39,12 @@ class Recorder:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         if sys.stdout.isatty():
             columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=6),
                 TextColumn("{task.fields[told]}"),
                 TimeRemainingColumn(),
             )
             self._progress = Progress(*columns, console=Console())
-            self._bar = self._progress.add_task("pretrain", total=steps, completed=start, told="")
+            self._bar = self._progress.add_task("", total=steps, completed=start, told="")
             self._progress.start()
 
     def say(self, line: str) -> None:
@@ -73,16 +72,19 @@ class Recorder:
         step, now = row["step"], time.perf_counter()
         told = f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['images_per_sec']:,.0f} images/s"
         told += f"  wait {row['data_wait']:.3f} s"
-        told += "".join(f"  {name} {value:.2f}" for name, value in row.items() if name.startswith("knn"))
+        found = "".join(f"  {name} {value:.2f}" for name, value in row.items() if name.startswith("knn"))
         if self._progress is not None:
-            self._log.write(f"step {step}  {told}\n")
             self._progress.update(self._bar, completed=step, told=f"epoch {row['epoch']:.1f}  {told}")
+            if found:
+                self.say(f"step {step}{found}")
+            else:
+                self._log.write(f"step {step}  {told}\n")
             return
         pace = (now - self._last[1]) / max(1, step - self._last[0])
         self._pace = pace if self._pace is None else 0.7 * self._pace + 0.3 * pace
         self._last = (step, now)
         left = timedelta(seconds=round(self._pace * (self.steps - step)))
-        self.say(f"step {step}/{self.steps}  epoch {row['epoch']:.1f}  {told}  left {left}")
+        self.say(f"step {step}/{self.steps}  epoch {row['epoch']:.1f}  {told}{found}  left {left}")
 
     def saving(self, step: int) -> None:
         """Before a checkpoint: the rows of its steps survive a crash of the machine, and status.json has its step."""
