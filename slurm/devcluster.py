@@ -188,7 +188,7 @@ def write(folder: Path, nodes: int, grace: int) -> Path:
     key = os.open(folder / "munge.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(key, "wb") as file:
         file.write(secrets.token_bytes(128))
-    # No cgroup is asked for, and without this line slurmd refuses to start where none is mounted, as in some containers.
+    # No cgroup is asked for; without this line slurmd refuses to start where none is mounted, as in some containers.
     (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     (folder / "slurm.conf").write_text(
         SLURM_CONF.format(
