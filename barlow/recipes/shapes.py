@@ -1,5 +1,7 @@
 """python launchers/pretrain.py shapes: the embedded set, small enough for two CPU cores. What `make demo` runs.
 
+Eighty seconds there; kNN top-1 of 12 classes, mean of three seeds: 56.5 %, raw pixels 18.0 %, untrained 13.2 %.
+
 What makes a short run on a small set work: a small network, a small projector and small views, so that there are many
 steps; colours that change more than in photographs, for here they never tell what is in the picture; fast biases."""
 
