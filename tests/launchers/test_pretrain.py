@@ -48,7 +48,7 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     latest = json.loads((folder / "checkpoints" / "latest.json").read_text())
     checkpoint = torch.load(folder / "checkpoints" / latest["file"], weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "step", "config"}
+    assert set(checkpoint) == {"model", "optimizer", "step", "config", "data"}
     return checkpoint["model"] | {f"momentum.{k}": v["momentum"] for k, v in checkpoint["optimizer"]["state"].items()}
 
 
