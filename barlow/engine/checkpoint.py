@@ -67,6 +67,7 @@ class Checkpoints:
         began = time.perf_counter()
         path = self.folder / f"step-{step:09d}.pt"
         fresh = self.folder / f".{path.name}.{os.getpid()}"
+        hashing = None
         try:
             with open(fresh, "wb") as file:
                 hashing = _Hashing(file)
@@ -79,7 +80,8 @@ class Checkpoints:
             write_json(self.folder / "latest.json", record)
             _sync(self.folder)
         except BaseException as error:  # on a thread: whatever it is, the loop must hear of it
-            self.failed = f"the checkpoint of step {step} was not written: {error}"
+            why = hashing.error if hashing and hashing.error else error
+            self.failed = f"the checkpoint of step {step} was not written: {why}"
             fresh.unlink(missing_ok=True)
             return
         self._prune(step)
@@ -181,11 +183,16 @@ class _Hashing:
         self.file = file
         self.sha = hashlib.sha256()
         self.bytes = 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.sha.update(data)
         self.bytes += len(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save raises one of its own that does not tell
+            raise
 
     def flush(self) -> None:
         self.file.flush()

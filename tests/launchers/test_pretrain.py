@@ -34,7 +34,11 @@ def command(data: Path, runs: Path, *flags: str) -> list[str]:
 
 
 def pretrain(data: Path, runs: Path, *flags: str, fine: bool = True) -> subprocess.CompletedProcess:
-    done = subprocess.run(command(data, runs, *flags), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    """The command to its end; only `--cluster slurm` sees the cluster that another test may have brought up."""
+    hidden = () if "slurm" in flags else ("SLURM_CONF",)
+    environment = {key: value for key, value in os.environ.items() if key not in hidden}
+    words = command(data, runs, *flags)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert not fine or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -239,7 +243,7 @@ def test_another_config_or_architecture_is_refused(tiny_data: Path, tmp_path: Pa
     done = pretrain(tiny_data, undisturbed.parent, "--run", "four", "--optim.lr", "0.9", fine=False)
     one_line(done, "run 'four' exists with another config (optim.lr ")
     done = pretrain(tiny_data, tmp_path, "--model.init", str(undisturbed), "--model.backbone", "resnet34", fine=False)
-    one_line(done, "is of another architecture (backbone.layer1.2")
+    one_line(done, "is of another architecture (backbone.")
 
 
 @pytest.mark.slow
