@@ -214,7 +214,7 @@ def one_line(done: subprocess.CompletedProcess, told: str) -> None:
         ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
         ("--optim.lr fast", "--optim.lr"),
         ("--batch-size 30 --nodes 4 --cluster local --dry-run", "batch size 30 is not divisible by 4 ranks"),
-        ("--nodes 4", "--nodes 4 needs SLURM"),
+        ("--nodes 4", "--cluster local runs 4 ranks here"),
         ("--model.init nothing.pt", "--model.init: no checkpoint "),
     ],
 )
