@@ -20,6 +20,9 @@ class Data:
     """Splits to pretrain on."""
     workers: int = 0
     """Decoding threads a rank; 0: this rank's share of the cores it may use."""
+    stage: str = ""
+    """A folder on each node's own disk to copy the shards to first, such as /local/scratch; empty: read them where they
+    are."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,35 @@ class Lars:
 class Checkpoint:
     every_steps: int = 500
     """Save after so many steps (and at the end)."""
+    every_minutes: float = 10.0
+    """Save also when the last save began so many minutes ago; 0: by steps alone."""
     keep: int = 3
     """Newest checkpoints kept."""
+    keep_every: int = 0
+    """Keep for good those of every so many steps; 0: none."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When a rank that does not move is ended, so that its job starts again."""
+
+    seconds: float = 300.0
+    """Without a step for so long, a rank has stopped."""
+    start: float = 1800.0
+    """The same until the first step, and for an evaluation: imports, compilation, whole images."""
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What each node must have before training starts."""
+
+    skip: bool = False
+    clock: float = 30.0
+    """Seconds that a node's clock may differ from the first one's."""
+    bandwidth: float = 0.0
+    """Least GB/s of an all-reduce between all ranks; 0: measured and told, not required."""
+    hashes: bool = True
+    """Read each node's shards and compare their hashes."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +168,8 @@ class Pretrain:
     objective: BarlowTwins = field(default_factory=BarlowTwins)
     optim: Lars = field(default_factory=Lars)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    watch: Watch = field(default_factory=Watch)
+    preflight: Preflight = field(default_factory=Preflight)
     knn: Knn = field(default_factory=Knn)
 
     def __post_init__(self) -> None:
@@ -151,8 +183,10 @@ def check(c: Pretrain) -> None:
     rules = [(name, attrgetter(name)(c) >= 1, "1 or more") for name in counts]
     rates = ("optim.lr", "optim.lr_biases", "optim.weight_decay", "optim.eta", "optim.warmup_epochs", "optim.end_lr")
     not_negative = (*rates, "objective.lambd", "objective.scale", "data.workers", "knn.every_epochs", "knn.size")
+    not_negative += ("checkpoint.every_minutes", "checkpoint.keep_every", "preflight.clock", "preflight.bandwidth")
     rules += [(name, 0 <= attrgetter(name)(c) < inf, "0 or more") for name in not_negative]
-    rules += [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in ("model.width", "knn.temperature")]
+    above_zero = ("model.width", "knn.temperature", "watch.seconds", "watch.start")
+    rules += [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in above_zero]
     rules += [
         ("batch_size", c.batch_size >= 2, "2 or more, for a batch is standardised over its images"),
         ("optim.momentum", 0 <= c.optim.momentum < 1, "0 or more, and less than 1"),

@@ -24,8 +24,17 @@ FREE = {
     "data.dir",
     "data.source",
     "data.workers",
+    "data.stage",
     "checkpoint.every_steps",
+    "checkpoint.every_minutes",
     "checkpoint.keep",
+    "checkpoint.keep_every",
+    "watch.seconds",
+    "watch.start",
+    "preflight.skip",
+    "preflight.clock",
+    "preflight.bandwidth",
+    "preflight.hashes",
 }
 CODE = ("barlow", "slurm", "launchers")
 

@@ -1,0 +1,41 @@
+"""What happened to a run: history.jsonl in its folder, a line an event, oldest first. Torch-free.
+
+Rank 0 and the job's script append to it; whoever must know how often something went wrong, and where, reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "history.jsonl"
+
+
+def note(folder: Path, event: str, **facts: Any) -> None:
+    """Append an event: one write, on the disk when this returns, so that no process can tear another's line.
+
+    Events: submitted, start, stopped (told to, and saved), failed, requeued, excluded, cancelled, finished."""
+    told = {"time": round(time.time(), 2), "attempt": os.environ.get("BARLOW_ATTEMPT", ""), "event": event, **facts}
+    handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, (json.dumps(told) + "\n").encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All events; a line that a full disk has cut short is left out."""
+    events = []
+    try:
+        lines = (folder / FILE).read_text(errors="replace").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except ValueError:
+            continue
+    return events
