@@ -1,4 +1,4 @@
-"""A rank's pulse: where it is, and by when it will be heard of again. Written by the loop, read by a watchdog beside it.
+"""A rank's pulse: where it is, and by when it is heard of again. Written by the loop, read by a watchdog beside it.
 
 A small file in memory, mapped by both: a beat costs about a microsecond and nothing waits for it. Torch-free."""
 
