@@ -182,8 +182,8 @@ def check(c: Pretrain) -> None:
     counts = ("epochs", "log_every", "checkpoint.every_steps", "checkpoint.keep", "knn.k", "views.size")
     rules = [(name, attrgetter(name)(c) >= 1, "1 or more") for name in counts]
     rates = ("optim.lr", "optim.lr_biases", "optim.weight_decay", "optim.eta", "optim.warmup_epochs", "optim.end_lr")
-    not_negative = (*rates, "objective.lambd", "objective.scale", "data.workers", "knn.every_epochs", "knn.size")
-    not_negative += ("checkpoint.every_minutes", "checkpoint.keep_every", "preflight.clock", "preflight.bandwidth")
+    not_negative = [*rates, "objective.lambd", "objective.scale", "data.workers", "knn.every_epochs", "knn.size"]
+    not_negative += ["checkpoint.every_minutes", "checkpoint.keep_every", "preflight.clock", "preflight.bandwidth"]
     rules += [(name, 0 <= attrgetter(name)(c) < inf, "0 or more") for name in not_negative]
     above_zero = ("model.width", "knn.temperature", "watch.seconds", "watch.start")
     rules += [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in above_zero]
