@@ -221,6 +221,9 @@ def only_run(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"run {folder.name} runs here already: end it first, or choose another --run") from None
+        lock.truncate(0)
+        with contextlib.suppress(OSError):  # a full disk; this only says whom to tell that the run is to end
+            os.write(lock.fileno(), f"{socket.gethostname()} {os.getpid()}\n".encode())
         yield
 
 

@@ -24,7 +24,9 @@ class State:
     name: str = ""
     reason: str = ""
     nodes: str = ""
-    run: str = ""
+    run: str = ""  # the job's name
+    left: str = ""  # of its time limit, as SLURM writes times
+    starts: str = ""  # when it has started, or is thought to
 
     @property
     def alive(self) -> bool:
