@@ -1,44 +1,63 @@
 """Checkpoints: written whole or not at all, off the training thread, verified by hash; the newest good one is used.
 
 A checkpoint is `step-N.pt`, a dict that `torch.load(..., weights_only=True)` reads, and beside it `step-N.json` with
-its size and hash; `latest.json` names the newest good one."""
+its size and hash, without which it was never finished; `latest.json` names the newest."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, cast
 
 import torch
 
+from barlow.engine.journal import sync_folder
+from barlow.engine.snapshot import Snapshot
 from barlow.errors import UserError
-from barlow.files import read_json, write_json
+from barlow.files import write_json
 
 
 class Checkpoints:
     """The checkpoints of one run folder. One writer (rank 0), any number of readers."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, every: int = 0) -> None:
+        """Keeps the newest `keep` good ones, and for good those whose step is a multiple of `every` (0: none)."""
         self.folder = folder
         self.keep = keep
+        self.every = every
+        self.failed: str = ""  # why the newest save did not reach the disk
+        self.seconds = 0.0  # from the call of the newest save that did to when it was durable
+        self._snapshot = Snapshot()
         self._writer: threading.Thread | None = None
-        self.failed: str = ""  # why the last save did not reach the disk
+        self._news: deque[str] = deque()
+        self._damaged: set[str] = set()  # stems: they do not count as kept
 
-    def save(self, step: int, state: Mapping[str, Any]) -> str:
-        """Copy the state to host memory now, write it on a thread; never two writes at once.
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way; another would wait for it."""
+        return self._writer is not None and self._writer.is_alive()
 
-        Returns why the save before this one did not reach the disk; empty if it did."""
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copy the state now, write it on a thread; never two writes at once. `take_news` tells how it went."""
+        began = time.perf_counter()
         self.wait()
-        lost, self.failed = self.failed, ""
-        copied = _to_host({"step": step, **state})
-        self._writer = threading.Thread(target=self._write, args=(step, copied), name="checkpoint")
+        self.failed = ""
+        self._snapshot.take({"step": step, **state})
+        stall = time.perf_counter() - began
+        self._writer = threading.Thread(target=self._save, args=(step, began, stall), name="checkpoint")
         self._writer.start()
-        return lost
+
+    def take_news(self) -> list[str]:
+        """Lines for the log since last asked: how long each save took, or why it did not reach the disk."""
+        return [self._news.popleft() for _ in range(len(self._news))]
 
     def wait(self) -> None:
         """Until the save under way has reached the disk."""
@@ -55,49 +74,72 @@ class Checkpoints:
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one that does not."""
         skipped: list[str] = []
-        for record in sorted(self.folder.glob("step-*.json"), reverse=True):
-            path = record.with_suffix(".pt")
-            fault = _fault(path, record)
+        for stem in _stems(self.folder):
+            path = self.folder / f"{stem}.pt"
+            fault = _fault(path)
             if not fault:
                 return path, skipped
             skipped.append(f"checkpoint {path.name} skipped: {fault}")
+            self._damaged.add(stem)
         return None, skipped
 
-    def _write(self, step: int, state: Mapping[str, Any]) -> None:
-        began = time.perf_counter()
+    def tidy(self) -> None:
+        """Remove what a killed process has left half written. For the one writer, before it begins."""
+        for half in (*self.folder.glob(".step-*"), *self.folder.glob(".latest.json.*")):
+            half.unlink()
+
+    def _save(self, step: int, began: float, stall: float) -> None:
+        """On the thread: whatever happens, the loop must hear of it."""
+        try:
+            size = self._write(step, began)
+        except BaseException as error:
+            self.failed = f"the checkpoint of step {step} was not written: {error}"
+            self._news.append(f"warning: {self.failed}")
+            return
+        self.seconds = time.perf_counter() - began
+        told = f"written in {self.seconds:.2f} s (stall {stall:.3f} s, {size / 1e6:.1f} MB)"
+        self._news.append(f"checkpoint of step {step} {told}")
+        try:
+            self._prune(step)
+        except OSError as error:
+            self._news.append(f"warning: an older checkpoint was not removed: {error}")
+
+    def _write(self, step: int, began: float) -> int:
+        """Its size, once it is durable. What it could not finish it takes away again: a full disk lacks the room."""
         path = self.folder / f"step-{step:09d}.pt"
+        record = path.with_suffix(".json")
         fresh = self.folder / f".{path.name}.{os.getpid()}"
         hashing = None
         try:
             with open(fresh, "wb") as file:
                 hashing = _Hashing(file)
-                torch.save(state, cast(IO[bytes], hashing))
+                torch.save(self._snapshot.settle(), cast(IO[bytes], hashing))
                 file.flush()
                 os.fsync(file.fileno())
-            record = {"file": path.name, "step": step, "bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
+            told = {"file": path.name, "step": step, "bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
             fresh.replace(path)
-            write_json(path.with_suffix(".json"), {**record, "seconds": round(time.perf_counter() - began, 3)})
-            write_json(self.folder / "latest.json", record)
-            _sync(self.folder)
-        except BaseException as error:  # on a thread: whatever it is, the loop must hear of it
-            why = hashing.error if hashing and hashing.error else error
-            self.failed = f"the checkpoint of step {step} was not written: {why}"
-            fresh.unlink(missing_ok=True)
-            return
-        self._prune(step)
+            write_json(record, {**told, "seconds": round(time.perf_counter() - began, 3)})
+            self._damaged.discard(path.stem)
+            write_json(self.folder / "latest.json", told)
+            sync_folder(self.folder)
+        except BaseException as error:
+            with suppress(OSError):
+                fresh.unlink(missing_ok=True)
+                if not record.exists():
+                    path.unlink(missing_ok=True)
+            raise (hashing and hashing.error) or error from None
+        return hashing.bytes
 
     def _prune(self, step: int) -> None:
-        """Keep the newest ones. Later steps than the one just written are of a past that damage has undone."""
-        records = sorted(self.folder.glob("step-*.json"), reverse=True)
-        later = [record for record in records if record.stem > f"step-{step:09d}"]
-        for old in later + [record for record in records if record not in later][self.keep :]:
-            old.unlink()
-            old.with_suffix(".pt").unlink(missing_ok=True)
-
-    def tidy(self) -> None:
-        """Remove what a killed process has left half written. For the one writer, before it begins."""
-        for half in self.folder.glob(".*"):
-            half.unlink()
+        """Once a newer one is durable. Later steps than that one are of a past that damage has undone."""
+        stems = _stems(self.folder)
+        good = [stem for stem in stems if _step(stem) <= step and stem not in self._damaged]
+        keep = {*good[: max(1, self.keep)], *(stem for stem in good if self.every and _step(stem) % self.every == 0)}
+        for stem in stems:
+            if stem not in keep:
+                (self.folder / f"{stem}.json").unlink(missing_ok=True)
+                (self.folder / f"{stem}.pt").unlink(missing_ok=True)
+        self._damaged &= keep
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -142,10 +184,22 @@ def _misfits(own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor])
             yield name, f"{there} in the checkpoint, {here} in the model"
 
 
-def _fault(path: Path, record: Path) -> str:
+def _stems(folder: Path) -> list[str]:
+    """Of all that looks like a checkpoint or its record, the newest first."""
+    found = {path.stem for path in folder.glob("step-*") if path.suffix in (".pt", ".json")}
+    return sorted((stem for stem in found if stem.removeprefix("step-").isdigit()), key=_step, reverse=True)
+
+
+def _step(stem: str) -> int:
+    return int(stem.removeprefix("step-"))
+
+
+def _fault(path: Path) -> str:
     """What is wrong with a checkpoint; empty if nothing is."""
     try:
-        told = read_json(record)
+        told = json.loads(path.with_suffix(".json").read_bytes())
+        if (told["file"], told["step"]) != (path.name, _step(path.stem)):
+            return f"its record is that of {told['file']}, step {told['step']}"
         if path.stat().st_size != told["bytes"]:
             return f"{path.stat().st_size} bytes instead of {told['bytes']}"
         with open(path, "rb") as file:
@@ -153,27 +207,10 @@ def _fault(path: Path, record: Path) -> str:
             while block := file.read(1 << 22):
                 sha.update(block)
         return "" if sha.hexdigest() == told["sha256"] else "its hash is not the one recorded"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
-
-
-def _to_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_to_host(item) for item in value]
-    return value
-
-
-def _sync(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return "its record is damaged"
 
 
 class _Hashing:

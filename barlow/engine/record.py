@@ -1,4 +1,6 @@
-"""What a run writes while it runs: metrics.jsonl, TensorBoard, a log file a rank, and the line a person looks at."""
+"""What a run writes while it runs: metrics.jsonl, TensorBoard, a log file a rank, and the line a person looks at.
+
+None of it can end the run: what a full disk refuses is held in memory until there is room (see journal.py)."""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +17,8 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from barlow.engine.board import Board
+from barlow.engine.journal import DurableJournal, Journal
 from barlow.files import write_status
 
 
@@ -23,20 +28,18 @@ class Recorder:
     def __init__(self, folder: Path, rank: int, steps: int, start: int) -> None:
         self.rank = rank
         self.steps = steps
-        self._log = open(folder / "logs" / f"rank_{rank}.log", "a", buffering=1)  # noqa: SIM115  (closed in close)
+        self._log = Journal(folder / "logs" / f"rank_{rank}.log")
         self._prints = rank == 0 and not is_file(sys.stdout, self._log)  # a cluster sends stdout into this very log
         self._folder = folder
         self._progress: Progress | None = None
         self._pace: float | None = None  # seconds a step, smoothed
         self._last = (start, time.perf_counter())
+        self._told = ""  # the fault that people have been told of
         if rank > 0:
             return
-        metrics = folder / "metrics.jsonl"
-        cut_after(metrics, start)
-        self._metrics = open(metrics, "a")  # noqa: SIM115  (closed in close)
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        cut_after(folder / "metrics.jsonl", start)
+        self._metrics = DurableJournal(folder / "metrics.jsonl")
+        self._board = Board(folder / "tensorboard", start)
         if sys.stdout.isatty():
             columns = (
                 BarColumn(bar_width=6),
@@ -49,24 +52,42 @@ class Recorder:
 
     def say(self, line: str) -> None:
         """One line for people: into the rank's log, and from rank 0 to the terminal."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+        self._note(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
         if not self._prints:
             return
-        if self._progress is not None:
-            self._progress.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, flush=True)
+        with suppress(OSError):  # stdout may be a file on a full disk, or a terminal that is gone
+            if self._progress is not None:
+                self._progress.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, flush=True)
 
     def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self.rank > 0 or not rows:
             return
-        for row in rows:
-            self._metrics.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name not in ("step", "epoch", "images"):
-                    self._board.add_scalar(name, value, row["step"])
-        self._metrics.flush()
+        self._metrics.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._board.write(rows)
         self._show(rows[-1])
+        self._tell()
+
+    def saving(self, step: int) -> bool:
+        """Before a checkpoint: whether the rows of its steps survive a crash of the machine; without them it must wait.
+        status.json has its step then."""
+        durable = self._metrics.sync()
+        self._tell()
+        if durable:
+            with suppress(OSError):
+                write_status(self._folder, step=step)
+        return durable
+
+    def _tell(self) -> None:
+        fault, before, self._told = self._metrics.fault, self._told, self._metrics.fault
+        if fault and not before:
+            self.say(f"warning: {fault}; rows are held in memory, and no checkpoint is made, until it can be written")
+        elif before and not fault:
+            self.say("metrics.jsonl is whole again")
+
+    def _note(self, line: str) -> None:
+        self._log.write(f"{line}\n".encode())
 
     def _show(self, row: Mapping[str, Any]) -> None:
         step, now = row["step"], time.perf_counter()
@@ -78,7 +99,7 @@ class Recorder:
             if found:
                 self.say(f"step {step}{found}")
             else:
-                self._log.write(f"step {step}  {told}\n")
+                self._note(f"step {step}  {told}")
             return
         pace = (now - self._last[1]) / max(1, step - self._last[0])
         self._pace = pace if self._pace is None else 0.7 * self._pace + 0.3 * pace
@@ -86,41 +107,49 @@ class Recorder:
         left = timedelta(seconds=round(self._pace * (self.steps - step)))
         self.say(f"step {step}/{self.steps}  epoch {row['epoch']:.1f}  {told}{found}  left {left}")
 
-    def saving(self, step: int) -> None:
-        """Before a checkpoint: the rows of its steps survive a crash of the machine, and status.json has its step."""
-        os.fsync(self._metrics.fileno())
-        write_status(self._folder, step=step)
-
     def close(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = None
         if self.rank == 0:
             self._metrics.close()
             self._board.close()
+            self._tell()
+            let_go_of(sys.stdout)
         self._log.close()
 
 
-def is_file(stream: IO[str], file: IO[str]) -> bool:
+def is_file(stream: IO[str], file: Journal) -> bool:
     try:
         return os.path.sameopenfile(stream.fileno(), file.fileno())
     except (OSError, ValueError):  # a stream that is no file
         return False
 
 
+def let_go_of(stream: IO[str]) -> None:
+    """What a full disk has refused of it is given up: Python would try again at its very end, and exit with 120."""
+    try:
+        stream.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+        stream.flush()
+
+
 def cut_after(metrics: Path, step: int) -> None:
-    """Drop the rows of steps that will be made again, and a last line that a crash left half written."""
+    """Drop the rows of steps that will be made again, and a last line that a crash left half written: in place, for
+    that needs no room."""
     if not metrics.exists():
         return
-    kept = []
-    for line in metrics.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    fresh = metrics.with_name(f".{metrics.name}.{os.getpid()}")
-    fresh.write_text("".join(kept))
-    fresh.replace(metrics)
+    good = 0
+    with open(metrics, "rb+") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            good += len(line)
+        file.truncate(good)

@@ -1,0 +1,88 @@
+"""A copy of the training state in host memory, to be written while training goes on.
+
+The loop stands still while it is taken, so it is quick: the host memory is kept from one snapshot to the next (fresh
+memory costs a page fault every 4 KB, more than the copy itself), and what lies on a GPU is only cloned there; `settle`,
+for the thread that writes, brings it to the host beside the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Place = tuple[Any, ...]  # where in the state a tensor lies: the keys that lead to it
+
+
+class Snapshot:
+    def __init__(self) -> None:
+        self._host: dict[Place, Tensor] = {}  # kept from one to the next
+        self._taken: Any = None
+        self._ready: dict[torch.device, torch.cuda.Event] = {}  # when the clones on a GPU are whole
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """The state as it is now. A tensor that it holds in two places is copied once, and shared in the copy too."""
+        self._ready = {device: torch.cuda.Event() for device in _roomy(state)}
+        seen: dict[Any, Tensor] = {}
+
+        def copy(tensor: Tensor, place: Place) -> Tensor:
+            same = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() == 0 or same not in seen:
+                seen[same] = tensor.clone() if tensor.device in self._ready else self._to_host(tensor, place)
+            return seen[same]
+
+        self._taken = _map(state, copy)
+        for device, ready in self._ready.items():
+            ready.record(torch.cuda.current_stream(device))
+
+    def settle(self) -> Any:
+        """The copy, all of it on the host: good until the next `take`. Waits for the GPU, on a stream of its own."""
+        streams = {device: torch.cuda.Stream(device) for device in self._ready}
+        for device, ready in self._ready.items():
+            streams[device].wait_event(ready)
+        seen: dict[int, Tensor] = {}
+
+        def bring(tensor: Tensor, place: Place) -> Tensor:
+            if tensor.device not in streams:
+                return tensor
+            if id(tensor) not in seen:
+                with torch.cuda.stream(streams[tensor.device]):
+                    seen[id(tensor)] = self._to_host(tensor, place)
+            return seen[id(tensor)]
+
+        taken, self._taken = self._taken, None
+        settled = _map(taken, bring)
+        for stream in streams.values():
+            stream.synchronize()
+        return settled  # and the clones go: only now may the GPU use their memory again
+
+    def _to_host(self, tensor: Tensor, place: Place) -> Tensor:
+        host = self._host.get(place)
+        if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
+            pin = tensor.device.type == "cuda"
+            host = self._host[place] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+        return host.copy_(tensor, non_blocking=tensor.device in self._ready)
+
+
+def _roomy(state: Mapping[str, Any]) -> set[torch.device]:
+    """The GPUs with room for a clone of all that the state has on them; elsewhere the loop waits for the host."""
+    needed: dict[torch.device, int] = {}
+
+    def add(tensor: Tensor, _: Place) -> None:
+        if tensor.device.type == "cuda":
+            needed[tensor.device] = needed.get(tensor.device, 0) + tensor.nbytes
+
+    _map(state, add)
+    return {device for device, size in needed.items() if torch.cuda.mem_get_info(device)[0] > size}
+
+
+def _map(value: Any, function: Callable[[Tensor, Place], Any], place: Place = ()) -> Any:
+    """The same tree of dicts and lists, with function(tensor, place) for every tensor."""
+    if isinstance(value, Tensor):
+        return function(value.detach(), place)
+    if isinstance(value, Mapping):
+        return {key: _map(item, function, (*place, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map(item, function, (*place, at)) for at, item in enumerate(value)]
+    return value
