@@ -31,14 +31,14 @@ def init(device: torch.device, timeout: float = 600.0) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
+    interface = _interface_towards(os.environ["MASTER_ADDR"])
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout), device_id=device)
         return
-    interface = _interface_towards(os.environ["MASTER_ADDR"])
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
@@ -59,6 +59,11 @@ def world_size() -> int:
 def local_rank() -> int:
     """Which of the ranks on this machine this is; known before `init`, since it chooses the device."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def host_group() -> Any:
+    """A group of all ranks that speaks from host memory, so that no GPU is waited for; None when alone."""
+    return torch.distributed.new_group(backend="gloo") if world_size() > 1 else None
 
 
 def barrier() -> None:

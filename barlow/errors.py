@@ -24,8 +24,16 @@ def one_line_errors() -> Iterator[None]:
 
 
 class Preempted(Exception):  # noqa: N818  (an event, not an error)
-    """The run was told to stop: it has saved after `step` steps and can go on from there."""
+    """The run was told to stop: it has saved after `step` steps, or could not (`lost` says why), and can go on."""
 
-    def __init__(self, signal: str, step: int) -> None:
-        super().__init__(f"{signal or 'another rank was told to stop'}; saved at step {step}")
+    def __init__(self, signal: str, step: int, lost: str = "") -> None:
+        super().__init__(f"{signal or 'another rank was told to stop'}; {lost or f'saved at step {step}'}")
         self.step = step
+
+
+class BadNode(Exception):  # noqa: N818  (what it names is a machine)
+    """A node is not fit for the run: its job goes elsewhere."""
+
+    def __init__(self, host: str, what: str) -> None:
+        super().__init__(f"node {host}: {what}")
+        self.host, self.what = host, what

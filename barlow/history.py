@@ -17,7 +17,7 @@ def note(folder: Path, event: str, **facts: Any) -> None:
     """Append an event: one write, on the disk when this returns, so that no process can tear another's line.
 
     Events: submitted, start, stopped (told to, and saved), failed, requeued, excluded, cancelled, finished."""
-    told = {"time": round(time.time(), 2), "attempt": os.environ.get("BARLOW_ATTEMPT", ""), "event": event, **facts}
+    told = {"time": round(time.time(), 2), "attempt": os.environ.get("BARLOW_ATTEMPT", ""), "event": event} | facts
     handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(handle, (json.dumps(told) + "\n").encode())
@@ -31,7 +31,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     events = []
     try:
         lines = (folder / FILE).read_text(errors="replace").splitlines()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # none yet, or none that can be read
         return []
     for line in lines:
         try:

@@ -60,6 +60,9 @@ class Cluster:
     """Further options of sbatch, such as reservation=course."""
     setup: tuple[str, ...] = ()
     """Shell lines to run on the first node before the ranks start, such as `module load cuda`."""
+    max_failures: int | None = None
+    """Starts that may fail without a newer checkpoint before the job is given up, default 3; preemptions do not
+    count."""
     dry_run: bool = False
     """Print what would be submitted and run; create nothing."""
     follow: bool = False
@@ -80,7 +83,8 @@ def resolve(cluster: Cluster) -> Cluster:
     known = read_site(site)
     given = {key for key, value in dataclasses.asdict(cluster).items() if value not in (None, "", ())}
     full = dataclasses.replace(cluster, site=site, **{key: value for key, value in known.items() if key not in given})
-    for name, least in {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1}.items():
+    leasts = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_rank": 1, "max_failures": 1}
+    for name, least in leasts.items():
         value = getattr(full, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")

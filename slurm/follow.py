@@ -61,6 +61,16 @@ def report(folder: Path, job: str, state: State) -> int:
     finished = read_status(folder).get("state") == "finished"
     if state.name == "COMPLETED" or (finished and state.name in ("", "RUNNING", "COMPLETING")):
         return 0
+    status = read_status(folder)
+    if status.get("state") in ("failed", "cancelled") and status.get("why"):  # the job's script has found out
+        failure = read_failure(folder, f"{job}.")
+        if failure and status["state"] == "failed" and (failure["exit_code"] == 2 or failure["traceback"]):
+            code = show_failure(failure)
+        else:
+            code = 1
+        if code != 2:
+            print(f"{status['why']}; logs: {folder / 'logs'}", file=sys.stderr)
+        return code
     by_itself = state.name in ("FAILED", "OUT_OF_MEMORY", "")  # not cancelled, at its time limit, off a lost node
     failure = read_failure(folder, f"{job}.") if by_itself else {}
     if killed := killed_rank(folder, job) if by_itself else None:
@@ -85,6 +95,12 @@ def killed_rank(folder: Path, job: str) -> tuple[int, str, str] | None:
     name = {signal.strsignal(number): f"killed by {number.name}" for number in signal.Signals}.get(first.group(3))
     rank = int(re.split("[,-]", first.group(2))[0])
     return rank, first.group(1), f"was {name or 'ended: ' + first.group(3)}"
+
+
+def first_words(folder: Path, job: str) -> str:
+    """What srun said of the first rank to end, or of its own end; empty if it said nothing."""
+    said = re.findall(r"^srun: error: (.+)", output_of(folder, job), re.MULTILINE)
+    return next((line for line in said if ": task" in line), said[-1] if said else "")
 
 
 def output_of(folder: Path, job: str) -> str:

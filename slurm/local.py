@@ -14,10 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+from barlow import history
 from barlow.errors import UserError
-from barlow.files import read_status, write_status
-from slurm.job import STOPPED
+from barlow.files import read_status, write_json, write_status
+from barlow.stop import STOPPED
 from slurm.states import read_failure, record_killed
 
 GRACE = 5.0  # seconds between asking a rank to end and killing it, after another has failed
@@ -40,7 +42,7 @@ class Told(KeyboardInterrupt):
     """This process got a signal that ends it; its argument is the signal's number."""
 
 
-def run(module: str, folder: Path, ranks: int) -> int:
+def run(module: str, folder: Path, ranks: int, given: Mapping[str, Any] | None = None) -> int:
     """Run `ranks` ranks of MODULE.main(folder) until all have ended; returns the exit code of the run.
 
     0: finished. 2: a user's error, told in one line. 128 + signal: this process was told to end. 1: anything else."""
@@ -48,6 +50,7 @@ def run(module: str, folder: Path, ranks: int) -> int:
     started: list[subprocess.Popen[bytes]] = []
     with only_run(folder), signals_raise(), guarded() as guard:
         try:
+            write_json(folder / "cluster.json", given or {})
             for rank, environment in enumerate(environments(folder, ranks, attempt)):
                 started.append(start(module, folder, rank, environment))
                 os.write(guard, f"{started[-1].pid}\n".encode())
@@ -235,10 +238,21 @@ def refuse_second(folder: Path) -> None:
 
 def report(folder: Path, attempt: str, ended: Sequence[Ended]) -> int:
     """Say what ended the run, the cause and not what followed from it, and give its exit code."""
+    code, event = outcome(folder, attempt, ended)
+    with contextlib.suppress(OSError):
+        if event:
+            status = read_status(folder)
+            history.note(folder, event, attempt=attempt, why=status.get("why", ""), step=status.get("step", 0))
+    return code
+
+
+def outcome(folder: Path, attempt: str, ended: Sequence[Ended]) -> tuple[int, str]:
+    """The exit code, and what history calls this end."""
     bad = [end for end in ended if end.code not in (0, STOPPED)]
     failure = read_failure(folder, attempt)
-    if failure and bad and bad[0].code not in KILLED:
-        return show_failure(failure)
+    stuck = failure.get("kind") == "stuck"
+    if failure and bad and (stuck or bad[0].code not in KILLED):
+        return show_failure(failure), "failed"
     if bad:
         rank, code = bad[0].rank, bad[0].code
         why = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -246,11 +260,11 @@ def report(folder: Path, attempt: str, ended: Sequence[Ended]) -> int:
             record_killed(folder, attempt, rank, socket.gethostname(), why)
         log = f"; its log: {folder / 'logs' / f'rank_{rank}.log'}" if rank else ""
         print(f"rank {rank} {why}{log}", file=sys.stderr)
-        return 2 if code == 2 else 1
+        return 2 if code == 2 else 1, "failed"
     if ended[-1].code == STOPPED:
         print("stopped as told, and saved: the same command goes on from there", file=sys.stderr)
-        return 1
-    return 0
+        return 1, "stopped"
+    return 0, ""
 
 
 def show_failure(failure: Mapping[str, object]) -> int:

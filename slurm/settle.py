@@ -1,39 +1,187 @@
-"""python -m slurm.settle RUN_FOLDER: what a job's script does last, should its ranks have ended without a word.
+"""python -m slurm.settle RUN_FOLDER EXIT_CODE [--max-failures N]: what a job's script does last, with all ranks gone.
 
-A rank that is killed (memory full, a broken node) leaves no traceback and no state: this says in status.json that the
-run has failed, and why. A rank that was told to stop before its Python stood is no failure: the job goes back."""
+The one place that decides whether the job goes back to the queue, and so once: a run that was told to stop does, one
+that failed does unless it fails at the same step again and again, one that finished, was cancelled or has a user's
+error does not; nor does one that SLURM puts back itself. Ends with the exit code of the job: 75 where it ought to go
+back and this node cannot ask for it, which `RequeueExit=75` in slurm.conf makes SLURM do."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
-import re
 import signal
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from barlow.files import read_status, write_status
-from slurm.follow import killed_rank, output_of
-from slurm.job import EARLY, attempt, preempted, requeue, running, show_job
-from slurm.states import record_killed
+from barlow import history
+from barlow.files import read_json, read_status, write_status
+from barlow.stop import SIGNALS, STOPPED
+from slurm import scontrol
+from slurm.follow import first_words, killed_rank
+from slurm.job import attempt
+from slurm.states import read_failure, record_killed
 
-TERMINATED = "was killed by SIGTERM"
+WAIT = 300.0  # seconds for SLURM to end a preempted job that cannot ask to go back; more than most grace times
+TWICE = 2  # failures of ranks on a node after which the job avoids it
 
 
-def settle(folder: Path) -> None:
-    """Only where SLURM does not end the job, nor put it back: then the word is SLURM's."""
-    shown, state, job = show_job(), read_status(folder).get("state"), os.environ["SLURM_JOB_ID"]
-    if not running(shown) or state not in ("pending", "running", "failed"):
-        return
-    if killed := killed_rank(folder, job):
+@dataclass(frozen=True)
+class End:
+    """How this start of the job has ended. `kind`: stopped, user, late, or a failure's (see states.record_failure)."""
+
+    kind: str
+    why: str
+    rank: int = 0
+    host: str = ""
+
+
+def settle(folder: Path, code: int, most: int) -> int:
+    """Decide, and say so in status.json and history.jsonl; returns the job's exit code."""
+    state = read_status(folder).get("state")
+    if state == "finished":
+        return 0
+    shown = scontrol.show_job()
+    end = how_it_ended(folder, state, code)
+    if shown and not scontrol.running(shown):
+        leave_to_slurm(folder, shown, end)
+        return code or STOPPED
+    step = newest_step(folder)
+    limited = end.kind == "stopped" and "SIGUSR2" in end.why and not scontrol.preempted(shown)
+    if limited and step <= started_at(folder):  # it would go on like this for ever
+        end = End("late", f"the time limit came before a checkpoint newer than step {step} ({end.why})")
+    counts = end.kind != "stopped"
+    if counts:
+        tell(folder, "failed", "failed", end.why, step=step, rank=end.rank, host=end.host, kind=end.kind)
+    else:
+        tell(folder, "preempted", "stopped", end.why, step=step)
+    if end.kind == "user":
+        return code or 1
+    if counts and (times := failures_at(folder, step)) >= most:
+        why = f"{times} starts have failed without a checkpoint newer than step {step}; the last: {end.why}"
+        tell(folder, "failed", "given up", why, step=step)
+        print(why, flush=True)
+        return code or 1
+    return put_back(folder, shown, end)
+
+
+def how_it_ended(folder: Path, state: str | None, code: int) -> End:
+    """The first cause, not what followed from it: a rank's death is told by srun, all else by the ranks."""
+    job = job_name()
+    failure = read_failure(folder, attempt(os.environ))
+    known = End(failure.get("kind", "crash"), f"rank {failure['rank']} on {failure['host']}: {failure['error']}",
+                failure["rank"], failure["host"]) if failure else None  # fmt: skip
+    if failure and failure["exit_code"] == 2:
+        return End("user", failure["error"], failure["rank"], failure["host"])
+    if known and known.kind in ("stuck", "node"):
+        return known
+    killed = killed_rank(folder, job)
+    if killed and killed[2] in [f"was killed by {each.name}" for each in SIGNALS]:  # before its Python heard signals
+        return known or End("stopped", f"{killed[2].split()[-1]} before it began")
+    if killed:
         rank, host, how = killed
-        if not (state != "failed" and preempted(shown) and how == TERMINATED and requeue(folder, shown, EARLY)):
+        with contextlib.suppress(OSError):
             record_killed(folder, attempt(os.environ), rank, host, how)
-    elif state != "failed":
-        said = re.findall(r"^srun: error: (.+)", output_of(folder, job), re.MULTILINE)
-        why = [line for line in said if ": task" in line][:1] or said[-1:]  # the first rank to end, or srun's own end
-        write_status(folder, state="failed", why=why[0] if why else f"job {job}: its ranks ended before the run")
+        return End("killed", f"rank {rank} on {host} {how}", rank, host)
+    if known:
+        return known
+    if state == "preempted":
+        return End("stopped", str(read_status(folder).get("why", "")))
+    return End("killed", first_words(folder, job) or f"its ranks ended with exit code {code} before the run")
+
+
+def leave_to_slurm(folder: Path, shown: str, end: End) -> None:
+    """The job ends for good, or SLURM or an operator has put it back already."""
+    state = scontrol.value(shown, "JobState")
+    if scontrol.cancelled(shown):
+        why = f"job {job_name()} was cancelled"
+        tell(folder, "cancelled", "cancelled", f"{why}: {end.why}" if end.kind == "stopped" else why)
+    elif scontrol.value(shown, "Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0") or state == "PENDING":
+        tell(folder, "pending", "requeued", f"by SLURM or an operator; {end.why}", step=newest_step(folder))
+    else:
+        tell(folder, "failed", "failed", f"SLURM ended the job: {state.lower()}; {end.why}", step=newest_step(folder))
+
+
+def put_back(folder: Path, shown: str, end: End) -> int:
+    """Back into the queue, away from nodes that it failed on."""
+    if shown and not scontrol.may_requeue(shown):
+        tell(folder, "failed", "given up", f"job {job_name()} may not be requeued; {end.why}")
+        return STOPPED
+    print(f"job {job_name()} goes back to the queue: {end.why}", flush=True)
+    if shown and scontrol.requeue():
+        tell(folder, "pending", "requeued", end.why)
+        avoid(folder, shown)
+        return STOPPED
+    if "SIGTERM" in end.why and not scontrol.there():
+        # A preempted job goes back by itself if SLURM has to end it, but not if it has left before.
+        print("there is no scontrol here: waiting for SLURM to end the job", flush=True)
+        time.sleep(WAIT)
+    return STOPPED
+
+
+def avoid(folder: Path, shown: str) -> None:
+    """Exclude nodes that are not fit, and those on which ranks failed twice, if enough others are left."""
+    failed = [event for event in history.read(folder) if event["event"] == "failed" and event.get("host")]
+    hosts = [event["host"] for event in failed if event.get("kind") in ("stuck", "killed", "crash")]
+    bad = {event["host"] for event in failed if event.get("kind") == "node"}
+    bad |= {host for host in hosts if hosts.count(host) >= TWICE}
+    known = scontrol.excluded(shown)
+    if not bad - known:
+        return
+    left = scontrol.usable_nodes(shown) - bad - known
+    needed = int(scontrol.value(shown, "NumNodes").split("-")[0] or 1)
+    names = ", ".join(sorted(bad - known))
+    if len(left) < needed:
+        print(f"{names} failed, but without it {len(left)} nodes are left of the {needed} needed: it stays", flush=True)
+    elif scontrol.exclude(bad - known, shown):
+        with contextlib.suppress(OSError):
+            history.note(folder, "excluded", nodes=sorted(bad - known))
+
+
+def failures_at(folder: Path, step: int) -> int:
+    """How often the run has failed without a newer checkpoint, since it was last submitted."""
+    events = history.read(folder)
+    submitted = max((i for i, event in enumerate(events) if event["event"] == "submitted"), default=0)
+    return sum(event["event"] == "failed" and event.get("step") == step for event in events[submitted:])
+
+
+def started_at(folder: Path) -> int:
+    """The step that this start of the job began with; if it did not get so far, the newest."""
+    starts = [e for e in history.read(folder) if e["event"] == "start" and e["attempt"] == attempt(os.environ)]
+    return int(starts[-1]["step"]) if starts else newest_step(folder)
+
+
+def newest_step(folder: Path) -> int:
+    return int(read_json(folder / "checkpoints" / "latest.json").get("step", 0))
+
+
+def job_name() -> str:
+    """As squeue names it: 123, or 123_4 in an array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+
+
+def tell(folder: Path, state: str, event: str, why: str, **facts: Any) -> None:
+    """A full disk must not keep the job from going back."""
+    with contextlib.suppress(OSError):
+        write_status(folder, state=state, why=why)
+    with contextlib.suppress(OSError):
+        history.note(folder, event, why=why, **facts)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m slurm.settle", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("code", type=int)
+    parser.add_argument("--max-failures", type=int, default=3)
+    args = parser.parse_args(argv)
+    os.environ["BARLOW_ATTEMPT"] = attempt(os.environ)
+    return settle(args.folder, args.code, args.max_failures)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a moment more does no harm
-    settle(Path(sys.argv[1]))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # requeueing ends this very script
+    sys.exit(main(sys.argv[1:]))

@@ -52,12 +52,23 @@ def job_state(job: str) -> State:
     return State(UNREACHABLE, done.stderr.strip().replace("\n", "; "))
 
 
-def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback: str, exit_code: int) -> bool:
-    """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it."""
+def record_failure(
+    folder: Path,
+    attempt: str,
+    rank: int,
+    error: str,
+    traceback: str,
+    exit_code: int,
+    host: str = "",
+    kind: str = "crash",
+) -> bool:
+    """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it.
+
+    `kind`: crash (it raised), stuck (it no longer moved), node (its node is not fit), killed (by a signal)."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error}
+    host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "kind": kind}
     failure |= {"traceback": traceback, "exit_code": exit_code}
     try:
         with open(logs / f"failure-{attempt}.json", "x") as claim:
@@ -71,8 +82,8 @@ def record_failure(folder: Path, attempt: str, rank: int, error: str, traceback:
 
 def record_killed(folder: Path, attempt: str, rank: int, host: str, error: str) -> None:
     """The same for a rank that could not: it was killed, and what others said of it is no cause but a consequence."""
-    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "traceback": "", "exit_code": 1}
-    write_json(folder / "logs" / "failure.json", failure)
+    failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "kind": "killed"}
+    write_json(folder / "logs" / "failure.json", failure | {"traceback": "", "exit_code": 1})
     write_status(folder, state="failed", why=f"rank {rank} on {host} {error}")
 
 

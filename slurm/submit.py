@@ -12,22 +12,26 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import submitit
 
+from barlow import history
 from barlow.errors import UserError
-from barlow.files import read_status, write_status
+from barlow.files import read_status, write_json, write_status
+from barlow.stop import VARIABLE
 from slurm import local
 from slurm.cluster import Cluster, minutes, resolve
 from slurm.follow import BEGINS, follow
 from slurm.job import Job
+from slurm.scontrol import ask, there, value
 from slurm.states import job_state
 
 PATIENCE = 15.0  # seconds for SLURM to answer
 SIGNAL_DELAY = 120  # seconds before the time limit at which ranks are told to save, at most a quarter of it
 DAY = 24 * 60
+MAX_FAILURES = 3
 
 
 def launch(module: str, folder: Path, cluster: Cluster) -> int:
@@ -39,10 +43,12 @@ def launch(module: str, folder: Path, cluster: Cluster) -> int:
         check(cluster, folder)
         print(plan(module, folder, settled(cluster)))
         return 0
+    given = {"module": module, "cluster": asdict(cluster)}  # what to ask for when the run is to go on
     cluster = settled(cluster)
     if cluster.cluster == "local":
-        return local.run(module, folder, cluster.ranks)
+        return local.run(module, folder, cluster.ranks, given)
     refuse_second(folder)
+    write_json(folder / "cluster.json", given)
     log = folder / "logs" / "rank_0.log"
     seen = log.stat().st_size if log.exists() else 0
     job = submit(module, folder, cluster)
@@ -154,6 +160,7 @@ class Executor(submitit.SlurmExecutor):
         write_status(self.run_folder, state="pending", why="", job="")
         job: submitit.Job[None] = super()._submit_command(command)
         write_status(self.run_folder, job=job.job_id)
+        history.note(self.run_folder, "submitted", job=job.job_id)
         return job
 
 
@@ -171,8 +178,10 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
     srun += [f"--output={folder / 'logs' / 'rank_%t.log'}", f"--chdir={code}"]
     if cluster.cpus_per_rank:
         srun.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 srun does not take it from sbatch
+    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     begins = f"echo {BEGINS} ${{SLURM_RESTART_COUNT:-0}}"
     settle = shlex.join([sys.executable, "-m", "slurm.settle", str(folder)])
+    settle += f" $code --max-failures {cluster.max_failures or MAX_FAILURES}"
     made.update_parameters(
         job_name=folder.name,
         partition=cluster.partition,
@@ -188,16 +197,35 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
         exclusive=cluster.exclusive or None,
         mail_user=cluster.mail_user or None,
         mail_type=cluster.mail_type or None,
-        signal_delay_s=min(SIGNAL_DELAY, minutes(cluster.time) * 15),
+        signal_delay_s=signal_delay(cluster),
         wckey=None,  # submitit's own would be refused where keys are accounted for
         stderr_to_stdout=True,
         additional_parameters=options,
         srun_args=srun,
         # srun starts ranks in the snapshot, so Python looks there first; PYTHONPATH leads their own children there.
-        setup=[begins, *cluster.setup, f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"],
-        teardown=["code=$?", f"(cd {shlex.quote(str(code))} && timeout 60 {settle})", "exit $code"],
+        # The trap: at its time limit the script gets SIGTERM too, and has its last line still to run.
+        setup=["trap : TERM", begins, *cluster.setup, *notice(cluster), path],
+        teardown=["code=$?", f"cd {shlex.quote(str(code))} && exec {settle}", "exit $code"],
     )
     return made
+
+
+def signal_delay(cluster: Cluster) -> int:
+    return min(SIGNAL_DELAY, minutes(cluster.time) * 15)
+
+
+def notice(cluster: Cluster) -> list[str]:
+    """A line of the script that tells ranks how many seconds they have after each signal; see barlow.stop."""
+    parts = [part for part in ask_scontrol("partition") if value(part, "PartitionName") in cluster.partition.split(",")]
+    graces = [int(grace) for part in parts if (grace := value(part, "GraceTime")).isdigit() and grace != "0"]
+    wait = re.search(r"KillWait\s*=\s*(\d+)", "\n".join(ask_scontrol("config")))
+    term = min(graces) if graces else int(wait.group(1)) if wait else 0
+    return [f"export {VARIABLE}='SIGTERM={term} SIGUSR2={signal_delay(cluster)}'"]
+
+
+def ask_scontrol(what: str) -> list[str]:
+    """The lines of `scontrol show`; none if there is none."""
+    return (ask("scontrol", "--oneliner", "show", what) or "").splitlines() if there() else []
 
 
 def script(folder: Path, cluster: Cluster) -> str:

@@ -23,6 +23,7 @@ class Use(IntEnum):
 
     ORDER = 1
     VIEWS = 2
+    LAYERS = 3
 
 
 def philox(key: tuple[int, int], counter: Tensor) -> Tensor:
@@ -55,6 +56,12 @@ def words(seed: int, use: Use, epoch: int, index: Tensor, slots: int, lane: int 
     counter[..., 2] = torch.arange(slots, device=index.device) + (lane << 16)
     counter[..., 3] = int(use)
     return philox((seed & WORD, (seed >> 32) & WORD), counter)
+
+
+def seed_of_step(seed: int, step: int, rank: int) -> int:
+    """For the generator that layers such as dropout draw from: set anew at each step, it has no state to be saved."""
+    word = words(seed, Use.LAYERS, step, torch.tensor([rank]), slots=1)[0, 0]
+    return int(word[0] << 31 | word[1] >> 1)
 
 
 def uniform(bits: Tensor) -> Tensor:

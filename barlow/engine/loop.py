@@ -14,26 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from barlow import dist
+from barlow import dist, stop
 from barlow.engine.checkpoint import Checkpoints
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
-from barlow.errors import Preempted
+from barlow.errors import Preempted, UserError
+from barlow.pulse import Pulse
 
 Step = Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
+PATIENCE = 600.0  # seconds that a run which has only its last save to make waits for room on the disk
+AGAIN = 5.0  # seconds between two tries
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long the run is, and what happens when: all counted in steps."""
+    """How long the run is, and what happens when: counted in steps, unless it says seconds."""
 
     steps: int
     steps_per_epoch: int
     batch_size: int  # global
     log_every: int
     save_every: int
-    agree_every: int  # how often ranks ask each other whether one was told to stop: each time a GPU must be waited for
     evaluate_every: int  # 0: never within the loop
+    save_seconds: float = 0.0  # save also so long after the last save; 0: no
+    keep_every: int = 0  # what is saved every so many steps is kept for good; 0: nothing
+    move_seconds: float = 300.0  # a rank that takes longer for a step is stuck
+    start_seconds: float = 1800.0  # the same for its first step, and for an evaluation
+
+    def keeps(self, done: int) -> bool:
+        return self.keep_every > 0 and done % self.keep_every == 0
 
 
 def fit(
@@ -46,57 +55,132 @@ def fit(
     state: Callable[[], dict[str, Any]],
     checkpoints: Checkpoints,
     recorder: Recorder,
-    stop: StopRequest,
+    request: StopRequest,
     evaluate: Callable[[], Iterable[tuple[str, float]]],
+    pulse: Pulse,
 ) -> None:
     """Train from step `start` to the plan's end. `batches` must begin at `start`; `rates` gives each parameter group's
     learning rate at a step. Saves by the plan and at the end, and returns when that is on disk; when any rank was told
     to stop, saves and raises Preempted."""
+    saver = Saver(plan, start, state, checkpoints, recorder, pulse) if dist.rank() == 0 else None
     pending: list[tuple[int, Tensor, Mapping[str, Tensor], float, float]] = []
     clock = time.perf_counter()
-    for at in range(start, plan.steps):
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited = time.perf_counter() - asked
+    with stop.heeding():
+        for at in range(start, plan.steps):
+            within = plan.start_seconds if at == start else plan.move_seconds
+            pulse.beat(at, "data", within)
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
 
-        lrs = rates(at)
-        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-            group["lr"] = lr
-        loss, metrics = step(batch, at)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            pulse.beat(at, "step", within)
+            lrs = rates(at)
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr
+            loss, metrics = step(batch, at)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
-        done = at + 1
-        pending.append((done, loss.detach(), metrics, lrs[0], waited))
-        stopping = done % plan.agree_every == 0 and done < plan.steps and stop.agreed()
-        log = done % plan.log_every == 0 or done == plan.steps
-        evaluating = plan.evaluate_every > 0 and done % plan.evaluate_every == 0 and done < plan.steps
-        save = done % plan.save_every == 0 or done == plan.steps
-        if not (log or evaluating or save or stopping):
-            continue
+            done = at + 1
+            pending.append((done, loss.detach(), metrics, lrs[0], waited))
+            stopping = request.agreed(last=done == plan.steps) and done < plan.steps
+            log = done % plan.log_every == 0 or done == plan.steps
+            evaluating = plan.evaluate_every > 0 and done % plan.evaluate_every == 0 and done < plan.steps
+            saving = saver is not None and saver.due(done)
+            if not (log or evaluating or saving or stopping):
+                continue
 
-        rows = settle(pending, plan, time.perf_counter() - clock)
-        if len(rows) < len(pending):
-            recorder.write(rows)  # what led up to it
-            number, broken = pending[len(rows)][0], float(pending[len(rows)][1])
-            raise FloatingPointError(f"the loss of step {number} is {broken:g}; the last good checkpoint is kept")
-        pending.clear()
-        if evaluating:
-            rows[-1].update(evaluate())
-        recorder.write(rows)
-        if save or stopping:
-            refuse_non_finite(optimizer, done)
-            if dist.rank() == 0:
-                recorder.saving(done)
-                lost = checkpoints.save(done, state())
-                if lost:  # an earlier one: training goes on, a full disk may have room again
-                    recorder.say(f"warning: {lost}")
-        if stopping:
-            checkpoints.finish()
-            raise Preempted(stop.signal, done)
-        clock = time.perf_counter()
-    checkpoints.finish()
+            rows = settle(pending, plan, time.perf_counter() - clock)
+            if len(rows) < len(pending):
+                recorder.write(rows)  # what led up to it
+                number, broken = pending[len(rows)][0], float(pending[len(rows)][1])
+                raise FloatingPointError(f"the loss of step {number} is {broken:g}; the last good checkpoint is kept")
+            pending.clear()
+            if evaluating:
+                pulse.beat(done, "evaluate", plan.start_seconds)
+                rows[-1].update(evaluate())
+            recorder.write(rows)
+            if stopping:
+                lost = saver.save_and_leave(done, optimizer) if saver else ""
+                raise Preempted(request.signal, done, lost)
+            if saver and saving:
+                saver.save(done, optimizer)
+            clock = time.perf_counter()
+        if saver and start < plan.steps:
+            saver.finish(optimizer)
+
+
+class Saver:
+    """When rank 0 saves. A save that is due while the one before is still written, or while the disk is full, is put
+    off: training does not wait for a disk."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        start: int,
+        state: Callable[[], dict[str, Any]],
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        pulse: Pulse,
+    ) -> None:
+        self.plan, self.state, self.checkpoints, self.recorder, self.pulse = plan, state, checkpoints, recorder, pulse
+        self.owed = False
+        self.warned = False
+        self.began = time.monotonic()  # the last save
+        self.failed = -math.inf  # when one could not begin
+
+    def due(self, done: int) -> bool:
+        now = time.monotonic()
+        by_time = 0 < self.plan.save_seconds <= now - self.began
+        self.owed = self.owed or by_time or done % self.plan.save_every == 0
+        if done == self.plan.steps:
+            return False  # `finish` saves
+        return self.plan.keeps(done) or (self.owed and not self.checkpoints.busy and now - self.failed > AGAIN)
+
+    def save(self, done: int, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a save has begun."""
+        self.tell()
+        self.pulse.beat(done, "save", self.plan.start_seconds)
+        refuse_non_finite(optimizer, done)
+        if not self.recorder.saving(done):  # a checkpoint is never newer than its rows of metrics.jsonl
+            self.owed, self.failed = True, time.monotonic()
+            return False
+        self.owed, self.began = False, time.monotonic()
+        self.checkpoints.save(done, self.state())
+        return True
+
+    def save_and_leave(self, done: int, optimizer: torch.optim.Optimizer) -> str:
+        """The last save of a run that is told to stop; returns why it was lost, empty if it was not."""
+        self.checkpoints.wait()
+        lost = "no room for its metrics"
+        if self.save(done, optimizer):
+            try:
+                self.checkpoints.finish()
+                lost = ""
+            except UserError as error:
+                lost = str(error)
+        self.tell()
+        return lost
+
+    def finish(self, optimizer: torch.optim.Optimizer) -> None:
+        """Until the end of the run is on disk. A disk that stays full is an error then, for nothing will try again."""
+        began = time.monotonic()
+        while lost := self.save_and_leave(self.plan.steps, optimizer):
+            if time.monotonic() - began > PATIENCE:
+                raise UserError(lost)
+            self.recorder.say(f"warning: the last checkpoint is not on disk yet: {lost}")
+            time.sleep(AGAIN)
+
+    def tell(self) -> None:
+        """What became of earlier saves; once, that they take longer than a preemption allows."""
+        for line in self.checkpoints.take_news():
+            self.recorder.say(line)
+        notice = stop.shortest_notice()
+        if notice and self.checkpoints.seconds > stop.SHARE * notice and not self.warned:
+            self.warned = True
+            told = f"a checkpoint takes {self.checkpoints.seconds:.1f} s of the {notice:.0f} s notice a stop gives"
+            self.recorder.say(f"warning: {told}: what cannot be saved then is made again, from the last one saved")
 
 
 def settle(

@@ -1,26 +1,40 @@
-"""Being told to stop: a signal to any rank becomes one decision of all ranks, at a step boundary."""
+"""Being told to stop: a signal to any rank becomes one decision of all ranks, at the end of a step."""
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
+import os
 
-from barlow import dist
+import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+from barlow import dist, stop
 
 
 class StopRequest:
-    """Remembers the first stop signal of this process. Handlers only set a flag: the loop saves and leaves."""
+    """Whether any rank was told. Ranks ask each other while the next step is computed, so that nobody waits for the
+    answer: it is the one to the question of the step before, and the same on all ranks."""
 
     def __init__(self) -> None:
-        self.signal = ""
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        if not stop.listening():  # nobody has, as where a stage is started by hand
+            stop.listen(lambda _: os._exit(stop.STOPPED))
+        self._group = dist.host_group()
+        self._asked: tuple[torch.Tensor, torch.distributed.Work] | None = None
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.signal = self.signal or signal.Signals(number).name
+    @property
+    def signal(self) -> str:
+        return stop.told()
 
-    def agreed(self) -> bool:
-        """Whether any rank was told; a collective call, so every rank gets the same answer."""
-        return bool(dist.highest(int(bool(self.signal))))
+    def agreed(self, last: bool) -> bool:
+        """A collective call, once a step: the answer of the step before; asks again unless this step is the last."""
+        if dist.world_size() == 1:
+            return bool(stop.told())
+        told = False
+        if self._asked is not None:
+            flag, work = self._asked
+            work.wait()
+            told, self._asked = bool(flag), None
+        if not (last or told):
+            flag = torch.tensor(int(bool(stop.told())))
+            self._asked = flag, torch.distributed.all_reduce(
+                flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+            )
+        return told

@@ -121,12 +121,20 @@ def snapshot(root: Path, code: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def hold(folder: Path) -> IO[str]:
-    """Be the one writer of a run, until the file that this returns is closed or the process ends, however it ends."""
+def hold(folder: Path, patience: float = 0.0) -> IO[str]:
+    """Be the one writer of a run, until the file that this returns is closed or the process ends, however it ends.
+
+    `patience`: seconds for an earlier start of the same job to end, as on a node that SLURM has lost sight of."""
     lock = open(folder / ".writer.lock", "w")  # noqa: SIM115  (kept by the caller)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise UserError(f"another process writes run {folder.name}: end it first, or choose another --run") from None
-    return lock
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            lock.close()
+            told = f"another process writes run {folder.name}: end it first, or choose another --run"
+            raise RuntimeError(told) if patience else UserError(told) from None  # such a node may yet let go

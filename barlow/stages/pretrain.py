@@ -4,21 +4,22 @@ Takes the config from the run folder, starts from its newest good checkpoint if 
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from barlow import dist
+from barlow import dist, history, pulse
 from barlow.config import Pretrain
-from barlow.data import order
+from barlow.data import chance, order
 from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index, read_index
 from barlow.data.views import pair
@@ -43,11 +44,11 @@ def main(run_folder: str) -> None:
     config = load_config(folder, Pretrain)
     device = choose_device(config.device)
     dist.init(device)
-    stop = StopRequest()
-    holding = hold(folder) if dist.rank() == 0 else None  # until this process ends
+    request = StopRequest()
+    holding = claim(folder) if dist.rank() == 0 else None  # until this process ends
     index = read_index(config.data.dir)
     loader = Loader(index, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
-    plan = plan_of(config, len(loader), device)
+    plan = plan_of(config, len(loader))
 
     objective = build(config, device)
     model = distribute(objective, device)
@@ -59,7 +60,7 @@ def main(run_folder: str) -> None:
         eta=knobs.eta,
         clip=knobs.clip,
     )
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
     if holding:
         checkpoints.tidy()
     start, told = restore(checkpoints, objective, optimizer, config, index)
@@ -67,8 +68,7 @@ def main(run_folder: str) -> None:
     for line in (*told, describe(config, plan, objective, device, start)):
         recorder.say(line)
     if dist.rank() == 0:
-        attempts = read_status(folder).get("attempts", 0) + 1
-        write_status(folder, state="running", step=start, steps=plan.steps, attempts=attempts, why="")
+        begin(folder, start, plan.steps)
 
     def rates(at: int) -> list[float]:
         warmup, peaks = knobs.warmup_epochs * plan.steps_per_epoch, peak_rates(config)
@@ -79,6 +79,7 @@ def main(run_folder: str) -> None:
     side = config.knn.size or config.views.size
 
     def step(batch: Batch, at: int) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(chance.seed_of_step(config.seed, at, dist.rank()))  # dropout has no state to be saved
         images, ids = batch.images.to(device, non_blocking=True), batch.ids.to(device, non_blocking=True)
         views = pair(images, ids, config.views, config.seed, at // plan.steps_per_epoch, *normal)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
@@ -91,13 +92,16 @@ def main(run_folder: str) -> None:
     def evaluate() -> Iterator[tuple[str, float]]:
         return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
 
+    beats = pulse.of_this_rank()
     positions = order.positions(
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
     try:
         fit(
-            step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, stop, evaluate
-        )
+            step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, request,
+            evaluate, beats,
+        )  # fmt: skip
+        beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate()) if config.knn.every_epochs else {}
         if config.knn.baselines:
             untrained = build(config, device).backbone
@@ -105,6 +109,7 @@ def main(run_folder: str) -> None:
         if dist.rank() == 0:
             write_json(folder / "results.json", {"steps": plan.steps, **results})
             write_status(folder, state="finished", step=plan.steps, why="")
+            history.note(folder, "finished", step=plan.steps)
         recorder.say(
             f"finished {plan.steps} steps" + "".join(f"  {name} {value:.2f}" for name, value in results.items())
         )
@@ -117,6 +122,22 @@ def main(run_folder: str) -> None:
         checkpoints.wait()  # whatever ends the run, a save under way is finished first
         recorder.close()
     dist.shutdown()
+
+
+def claim(folder: Path) -> IO[str]:
+    """Be the one writer of the run. An earlier start of its job may live on where SLURM has lost sight of a node: its
+    watchdogs end it when they see in status.json whose turn it is."""
+    with suppress(OSError):
+        write_status(folder, attempt=os.environ.get("BARLOW_ATTEMPT", ""))
+    return hold(folder, patience=60.0)
+
+
+def begin(folder: Path, start: int, steps: int) -> None:
+    """Say that the run goes on; a full disk does not keep it from doing so."""
+    with suppress(OSError):
+        attempts = read_status(folder).get("attempts", 0) + 1
+        write_status(folder, state="running", step=start, steps=steps, attempts=attempts, why="")
+        history.note(folder, "start", step=start, ranks=dist.world_size())
 
 
 def choose_device(asked: str) -> torch.device:
@@ -133,7 +154,7 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda", dist.local_rank())
 
 
-def plan_of(config: Pretrain, count: int, device: torch.device) -> Plan:
+def plan_of(config: Pretrain, count: int) -> Plan:
     per_epoch = order.steps_per_epoch(count, config.batch_size)
     steps = config.epochs * per_epoch
     evaluate_every = config.knn.every_epochs * per_epoch
@@ -143,8 +164,11 @@ def plan_of(config: Pretrain, count: int, device: torch.device) -> Plan:
         batch_size=config.batch_size,
         log_every=config.log_every,
         save_every=config.checkpoint.every_steps,
-        agree_every=1 if device.type == "cpu" else 10,
         evaluate_every=evaluate_every,
+        save_seconds=config.checkpoint.every_minutes * 60,
+        keep_every=config.checkpoint.keep_every,
+        move_seconds=config.watch.seconds,
+        start_seconds=config.watch.start,
     )
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,32 @@ import pytest
 import torch
 from torch import Tensor
 
+from barlow import dist, stop
+from barlow.data import chance
+from barlow.engine import loop
 from barlow.engine.checkpoint import Checkpoints, load
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
 from barlow.errors import Preempted, UserError
+from barlow.pulse import Pulse
 
-PLAN = Plan(steps=12, steps_per_epoch=4, batch_size=8, log_every=5, save_every=4, agree_every=1, evaluate_every=6)
+PLAN = Plan(steps=12, steps_per_epoch=4, batch_size=8, log_every=5, save_every=4, evaluate_every=6)
+
+
+@pytest.fixture(autouse=True)
+def nobody_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process was told it never forgets; here each test is one."""
+    monkeypatch.setattr(stop, "_told", "")
+    monkeypatch.setattr(stop, "_listening", True)
+    monkeypatch.setattr(loop, "PATIENCE", 0.0)
+    monkeypatch.setattr(loop, "AGAIN", 0.0)
+
+
+class Waiting(Checkpoints):
+    """Steps here are shorter than a save: so that it is known which are saved, the loop waits for each."""
+
+    busy = False
 
 
 class Regression:
@@ -33,8 +52,9 @@ class Regression:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=9)
-        self.stop = StopRequest()
+        self.checkpoints = Waiting(folder / "checkpoints", keep=9)
+        self.request = StopRequest()
+        self.pulse = Pulse()
         self.broken: dict[int, float] = {}  # step -> what its loss is multiplied by
         self.told_at = -1
         self.evaluated = 0
@@ -45,7 +65,7 @@ class Regression:
 
     def step(self, batch: Tensor, at: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         if at == self.told_at:
-            os.kill(os.getpid(), signal.SIGUSR2)
+            stop.note(signal.SIGUSR2)
         error = (self.model(batch).squeeze(1) - batch.sum(1)).square().mean()
         return error * self.broken.get(at, 1.0), {"error": error.detach()}
 
@@ -73,7 +93,7 @@ class Regression:
         try:
             fit(
                 self.step, batches, self.optimizer, rates, self.plan, start, state,
-                self.checkpoints, recorder, self.stop, self.evaluate,
+                self.checkpoints, recorder, self.request, self.evaluate, self.pulse,
             )  # fmt: skip
         finally:
             self.checkpoints.wait()
@@ -84,6 +104,12 @@ class Regression:
 
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+class WithDropout(Regression):
+    def step(self, batch: Tensor, at: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        torch.manual_seed(chance.seed_of_step(5, at, 0))
+        return super().step(torch.nn.functional.dropout(batch, 0.5), at)
 
 
 def exact(rows: list[dict]) -> list[dict]:
@@ -105,7 +131,7 @@ def test_every_step_has_its_row(tmp_path: Path) -> None:
     assert [p.name for p in sorted(tmp_path.glob("checkpoints/*.pt"))] == [f"step-{s:09d}.pt" for s in (4, 8, 12)]
 
 
-def test_told_to_stop_saves_and_the_rest_is_bit_identical(tmp_path: Path) -> None:
+def test_told_to_stop_saves_and_the_rest_is_bit_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     undisturbed = Regression(tmp_path / "a")
@@ -115,10 +141,109 @@ def test_told_to_stop_saves_and_the_rest_is_bit_identical(tmp_path: Path) -> Non
     told.told_at = 6
     with pytest.raises(Preempted, match="SIGUSR2; saved at step"):
         told.fit()
+    monkeypatch.setattr(stop, "_told", "")  # the next one is another process
     again = Regression(tmp_path / "b")
     again.fit()
     assert torch.equal(again.weights(), undisturbed.weights())
     assert exact(again.rows()) == exact(undisturbed.rows())
+
+
+def test_dropout_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for name, told_at in (("a", -1), ("b", 6)):
+        (tmp_path / name).mkdir()
+        run = WithDropout(tmp_path / name)
+        run.told_at = told_at
+        if told_at > 0:
+            with pytest.raises(Preempted):
+                run.fit()
+            monkeypatch.setattr(stop, "_told", "")
+            torch.manual_seed(99)  # another process knows nothing of this generator's state
+            run = WithDropout(tmp_path / name)
+        run.fit()
+        found[name] = run
+    assert torch.equal(found["a"].weights(), found["b"].weights())
+    losses = [row["loss"] for row in found["a"].rows()]
+    assert losses == [row["loss"] for row in found["b"].rows()]
+    plain = Regression(tmp_path / "b")
+    assert losses[0] != plain.step(next(plain.batches(0)), 0)[0].item()  # it does drop
+
+
+def test_a_beat_before_all_that_takes_time(tmp_path: Path) -> None:
+    beats = []
+    run = Regression(tmp_path, replace(PLAN, steps=6, evaluate_every=4, move_seconds=7.0, start_seconds=70.0))
+    run.pulse.beat = lambda step, phase, within: beats.append((step, phase, within))  # type: ignore[method-assign]
+    run.fit()
+    assert beats[:4] == [(0, "data", 70.0), (0, "step", 70.0), (1, "data", 7.0), (1, "step", 7.0)]
+    assert (4, "evaluate", 70.0) in beats
+    assert [step for step, phase, _ in beats if phase == "save"] == [4, 6]
+
+
+def test_saves_by_time(tmp_path: Path) -> None:
+    plan = replace(PLAN, save_every=100, evaluate_every=0, keep_every=5, save_seconds=0.05)
+    run, whole = Regression(tmp_path, plan), Regression.step
+
+    def slow(batch: Tensor, at: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        time.sleep(0.03)
+        return whole(run, batch, at)
+
+    run.step = slow  # type: ignore[method-assign]
+    run.fit()
+    saved = [int(path.stem[5:]) for path in sorted(tmp_path.glob("checkpoints/*.pt"))]
+    assert {5, 10, 12} <= set(saved)
+    assert 5 <= len(saved) <= 8  # every second step, and the kept ones
+
+
+def test_training_does_not_wait_for_a_save_under_way(tmp_path: Path) -> None:
+    """A save that is due while another is written is put off; the one of a kept step waits."""
+    run = Regression(tmp_path, replace(PLAN, save_every=1, evaluate_every=0, keep_every=6))
+    began: list[float] = []
+
+    class Slow(Waiting):
+        busy = property(lambda self: bool(began) and time.monotonic() - began[-1] < 60)
+
+        def save(self, step: int, state: Mapping[str, Any]) -> None:
+            began.append(time.monotonic())
+            super().save(step, state)
+
+    run.checkpoints = Slow(tmp_path / "checkpoints", keep=9)
+    run.fit()
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/*.pt")) == [
+        f"step-{step:09d}.pt" for step in (1, 6, 12)
+    ]
+
+
+def test_no_checkpoint_is_newer_than_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Regression(tmp_path)
+    monkeypatch.setattr(Recorder, "saving", lambda self, step: step > 6)  # no room until then
+    run.fit()
+    assert [int(path.stem[5:]) for path in sorted(tmp_path.glob("checkpoints/*.pt"))] == [7, 8, 12]
+
+
+def test_a_slow_checkpoint_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(stop.VARIABLE, "SIGTERM=0.000001 SIGUSR2=15")
+    Regression(tmp_path).fit()
+    log = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert log.count("warning: a checkpoint takes") == 1
+    assert "of the 0 s notice a stop gives" in log
+
+
+def agree(told_rank: int, told_at: int) -> list[bool]:
+    stop._listening = True
+    request, answers = StopRequest(), []
+    for at in range(8):
+        if dist.rank() == told_rank and at == told_at:
+            stop.note(signal.SIGTERM)
+        answers.append(request.agreed(last=at == 7))
+        if answers[-1]:
+            break
+    return answers
+
+
+@pytest.mark.parametrize("told_rank", [0, 2])
+def test_ranks_agree_on_the_last_step(on_ranks: Callable[..., list[Any]], told_rank: int) -> None:
+    assert on_ranks(4, agree, told_rank, 3) == [[False] * 4 + [True]] * 4
+    assert on_ranks(2, agree, 1, 7) == [[False] * 8] * 2  # at the last step there is nothing to agree on
 
 
 def test_a_crash_loses_only_steps_since_the_checkpoint(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from barlow import stop
 from barlow.errors import Preempted, UserError
-from barlow.files import write_json
+from barlow.files import write_json, write_status
 
 WORD = "original"  # a test changes it after submitting
 
@@ -35,12 +36,14 @@ def main(run_folder: str) -> None:
         (folder / f"sum_{rank}.json").write_text(json.dumps(all_reduce(rank)))
     if "sleep" in config:
         time.sleep(config["sleep"][again])
-    if rank == config.get("rank", -1):
+    if rank == config.get("rank", -1) and not (again and config.get("once", False)):
         fault(config["fault"], folder)
     if config.get("stoppable", False):
         stop_when_told(folder / f"ready_{rank}", config.get("saving", 0.5))
-    if "fault" in config:
+    if "fault" in config and not (again and config.get("once", False)):
         time.sleep(60)
+    if rank == 0 and config.get("finishes", False):
+        write_status(folder, state="finished")
     print("done", flush=True)
 
 
@@ -60,15 +63,16 @@ def all_reduce(rank: int) -> float:
 
 
 def stop_when_told(ready: Path, seconds: float) -> None:
-    """As a real stage: a signal only sets a flag, the loop saves (here: takes a moment) and leaves."""
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    ready.touch()
-    while not told:
-        time.sleep(0.05)
-    time.sleep(seconds)
-    ready.with_name(ready.name.replace("ready", "saved")).touch()
-    raise Preempted("SIGTERM", 7)
+    """As a real stage: within the loop a signal is only noted, the loop saves (here: takes a moment) and leaves."""
+    with stop.heeding():
+        ready.touch()
+        while not stop.told():
+            time.sleep(0.05)
+        time.sleep(seconds)
+        ready.with_name(ready.name.replace("ready", "saved")).touch()
+        if os.environ["RANK"] == "0" and "SLURM_JOB_ID" in os.environ:
+            write_status(ready.parent, state="preempted", why="SIGTERM; saved at step 7")
+        raise Preempted("SIGTERM", 7)
 
 
 def fault(kind: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from slurm.job import Job, attempt, cancelled, port, slurm_ranks
+from slurm.job import Job, attempt, port, slurm_ranks
 
 STEP = {
     "SLURM_JOB_ID": "1234",
@@ -82,23 +82,6 @@ def test_job_travels_as_strings() -> None:
     job = Job("some.module", "/runs/a", "/home/me")
     assert pickle.loads(pickle.dumps(job)) == job
     assert len(pickle.dumps(job)) < 300
-
-
-@pytest.mark.parametrize(
-    ("shown", "restarts", "expected"),
-    [
-        ("JobState=COMPLETING Reason=None Requeue=1 Restarts=0 BatchFlag=1", "0", True),  # scancel
-        ("JobState=CANCELLED Reason=None Requeue=1 Restarts=2 BatchFlag=1", "2", True),
-        ("JobState=COMPLETING Reason=None Requeue=1 Restarts=1 BatchFlag=1", "0", False),  # goes back to the queue
-        ("JobState=COMPLETING Reason=TimeLimit Requeue=1 Restarts=0 BatchFlag=1", "0", False),
-        ("JobState=RUNNING Reason=None Requeue=0 Restarts=0 BatchFlag=1", "0", False),
-    ],
-)
-def test_whether_a_job_was_cancelled(
-    monkeypatch: pytest.MonkeyPatch, shown: str, restarts: str, expected: bool
-) -> None:
-    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    assert cancelled(shown) == expected
 
 
 @pytest.mark.parametrize(
