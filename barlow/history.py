@@ -4,6 +4,7 @@ Rank 0 and the job's script append to it; whoever must know how often something 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -18,9 +19,14 @@ def note(folder: Path, event: str, **facts: Any) -> None:
 
     Events: submitted, start, stopped (told to, and saved), failed, requeued, excluded, cancelled, finished."""
     told = {"time": round(time.time(), 2), "attempt": os.environ.get("BARLOW_ATTEMPT", ""), "event": event} | facts
-    handle = os.open(folder / FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    line = (json.dumps(told) + "\n").encode()
+    handle = os.open(folder / FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, (json.dumps(told) + "\n").encode())
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":  # cut short by a disk that was full
+            line = b"\n" + line
+        if os.write(handle, line) < len(line):  # this one, too
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / FILE))
         os.fsync(handle)
     finally:
         os.close(handle)
