@@ -111,7 +111,8 @@ def check_ranks(knobs: Preflight, node: str, device: torch.device) -> list[str]:
         refuse([(slow, f"{what}, and the way to this node is the slow one")] if slow else [])
         refuse_together(nodes, what)
     spread = max(offsets.values()) - min(offsets.values())
-    return [f"{len(offsets)} nodes with clocks within {spread:.2f} s", f"all-reduce at {speed:.2f} GB/s"]
+    told = [f"clocks of {len(offsets)} nodes within {spread:.2f} s"] if len(offsets) > 1 else []
+    return [*told, f"all-reduce at {speed:.2f} GB/s"]
 
 
 def refuse(faults: Faults) -> None:
@@ -217,13 +218,14 @@ def all_reduces(device: torch.device) -> tuple[bool, tuple[float, ...]]:
     world = dist.world_size()
     if world == 1:
         return True, ()
-    numbers = torch.arange(payload(device) // 4, dtype=torch.int32, device=device) % 1021
+    numbers = torch.arange(payload(device) // 4, dtype=torch.int32, device=device) & 1023
     total = numbers * (world * (world + 1) // 2)
+    mine = torch.empty_like(numbers)
     right, seconds = True, []
     for _ in range(1 + ROUNDS):
-        mine = numbers * (dist.rank() + 1)
+        torch.mul(numbers, dist.rank() + 1, out=mine)
         seconds.append(timed(device, partial(torch.distributed.all_reduce, mine)))
-        right = right and torch.equal(mine, total)
+        right &= torch.equal(mine, total)
     return right, tuple(seconds[1:])
 
 
