@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from slurm.states import UNREACHABLE, State
+from slurm.states import State
 
 PATIENCE = 30.0  # seconds for an answer
 JOB = re.compile(r"\d+(_\d+)?")  # of an array: 123_4
@@ -44,18 +44,14 @@ def jobs_in_history(jobs: Iterable[str]) -> dict[str, State]:
     for line in lines:
         job, told, nodes, run = line.split("|", 3)
         state = State(told.split()[0], "", "" if nodes == "None assigned" else nodes, run)  # "CANCELLED by 1000"
-        if not state.alive or state.name == "PREEMPTED":  # else the books were never closed
+        if not state.alive:  # else the books were never closed
             found[job] = state
     return found
 
 
-def end_jobs(jobs: Iterable[str]) -> str:
+def end_jobs(jobs: Sequence[str]) -> str:
     """scancel; returns its complaint."""
-    return ask("scancel", *jobs)[1]
-
-
-def unreachable(why: str) -> State:
-    return State(UNREACHABLE, why)
+    return ask("scancel", *jobs)[1] if jobs else ""
 
 
 def ask(command: str, *options: str) -> tuple[list[str], str]:
