@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,9 @@ def test_late_but_back_in_time(folder: Path, ranks: Start) -> None:
     assert rank.poll() is None
     assert not (folder / "logs" / "failure.json").exists()
     assert "after step 1 (in: data)" in stacks(folder)  # it was noticed
+    rank.send_signal(signal.SIGSTOP)
+    assert killed(rank)
+    assert read_failure(folder, ATTEMPT)["traceback"].count(" in move") == 1  # where it is now
 
 
 def suspend(rank: subprocess.Popen[str], seconds: float) -> None:
@@ -264,15 +267,18 @@ def test_signals_to_the_whole_tree_do_not_end_the_watch(folder: Path, ranks: Sta
     assert killed(rank)
 
 
-def test_a_full_disk_changes_nothing(folder: Path, ranks: Start) -> None:
-    """No heartbeat and no failure can be written; who moves is left alone, who does not is ended."""
+@pytest.mark.parametrize("full", [("heartbeats", "logs"), ("heartbeats",)])
+def test_a_full_disk_changes_nothing(folder: Path, ranks: Start, full: Sequence[str]) -> None:
+    """No heartbeat can be written, perhaps no failure either. Who moves is left alone, who does not is ended."""
     (folder / "logs").rmdir()
-    for name in ("heartbeats", "logs"):
-        (folder / name).touch()  # no folders: an OSError as any
+    for name in full:
+        (folder / name).touch()  # no folder: an OSError as any
     moving, hanging = ranks({"then": "move"}, beats(1, "step"))
     assert killed(hanging)
     assert moving.poll() is None
-    assert sorted(path.name for path in folder.iterdir()) == ["heartbeats", "logs"]
+    assert (folder / "heartbeats").is_file()
+    if "logs" not in full:
+        assert read_failure(folder, ATTEMPT)["rank"] == 1  # not the one that nobody could hear of
 
 
 def test_a_file_system_that_hangs_does_not_save_a_rank(folder: Path, ranks: Start) -> None:
