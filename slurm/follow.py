@@ -62,15 +62,14 @@ def report(folder: Path, job: str, state: State) -> int:
     if state.name == "COMPLETED" or (finished and state.name in ("", "RUNNING", "COMPLETING")):
         return 0
     status = read_status(folder)
-    if status.get("state") in ("failed", "cancelled") and status.get("why"):  # the job's script has found out
-        failure = read_failure(folder, f"{job}.")
-        if failure and status["state"] == "failed" and (failure["exit_code"] == 2 or failure["traceback"]):
+    if str(status.get("settled", "")).startswith(f"{job}.") and status["state"] in ("failed", "cancelled"):
+        failure, why = read_failure(folder, f"{job}.") if status["state"] == "failed" else {}, status["why"]
+        if failure and (failure["exit_code"] == 2 or failure["traceback"]):
             code = show_failure(failure)
-        else:
-            code = 1
-        if code != 2:
-            print(f"{status['why']}; logs: {folder / 'logs'}", file=sys.stderr)
-        return code
+            if code == 2 or why.startswith("rank "):
+                return code
+        print(f"{why}; logs: {folder / 'logs'}", file=sys.stderr)
+        return 1
     by_itself = state.name in ("FAILED", "OUT_OF_MEMORY", "")  # not cancelled, at its time limit, off a lost node
     failure = read_failure(folder, f"{job}.") if by_itself else {}
     if killed := killed_rank(folder, job) if by_itself else None:

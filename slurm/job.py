@@ -24,7 +24,7 @@ from barlow import stop
 from barlow.errors import BadNode, Preempted, UserError
 from barlow.files import write_status
 from slurm import watchdog
-from slurm.states import record_failure
+from slurm.states import read_failure, record_failure
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which the kernel hands out ports
 PR_SET_PDEATHSIG = 1
@@ -71,7 +71,9 @@ def leave(folder: Path, why: str) -> NoReturn:
     A failure that is known already, which this may follow from, stays the reason."""
     with contextlib.suppress(OSError):
         if not launched_here():
-            write_status(folder, unless=("failed", "preempted", "finished"), state="preempted", why=why)
+            this = attempt(os.environ)
+            if not read_failure(folder, this):
+                write_status(folder, state="preempted", attempt=this, why=why)
     print(f"stopped: {why}", flush=True)
     exit_now(stop.STOPPED)
 
@@ -112,9 +114,15 @@ def launched_here() -> bool:
 
 
 def attempt(environment: Mapping[str, str]) -> str:
-    """Names this start of the run: JOBID.RESTARTS under SLURM, what the launcher says here."""
-    slurm = f"{environment.get('SLURM_JOB_ID', 'none')}.{environment.get('SLURM_RESTART_COUNT', '0')}"
+    """Names this start of the run: JOB.RESTARTS under SLURM, what the launcher says here."""
+    slurm = f"{job_name(environment)}.{environment.get('SLURM_RESTART_COUNT', '0')}"
     return environment.get("BARLOW_ATTEMPT", slurm)
+
+
+def job_name(environment: Mapping[str, str]) -> str:
+    """As squeue names it: 123, or 123_4 in an array."""
+    array, task = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else environment.get("SLURM_JOB_ID", "none")
 
 
 def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:

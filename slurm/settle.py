@@ -22,7 +22,7 @@ from barlow.files import read_json, read_status, write_status
 from barlow.stop import SIGNALS, STOPPED
 from slurm import scontrol
 from slurm.follow import first_words, killed_rank
-from slurm.job import attempt
+from slurm.job import attempt, job_name
 from slurm.states import read_failure, record_killed
 
 WAIT = 300.0  # seconds for SLURM to end a preempted job that cannot ask to go back; more than most grace times
@@ -41,8 +41,9 @@ class End:
 
 def settle(folder: Path, code: int, most: int) -> int:
     """Decide, and say so in status.json and history.jsonl; returns the job's exit code."""
-    state = read_status(folder).get("state")
-    if state == "finished":
+    status = read_status(folder)
+    state = status.get("state") if status.get("attempt") == attempt(os.environ) else None  # else of an earlier start
+    if state == "finished" or (code == 0 and state != "preempted"):
         return 0
     shown = scontrol.show_job()
     end = how_it_ended(folder, state, code)
@@ -62,6 +63,7 @@ def settle(folder: Path, code: int, most: int) -> int:
         return code or 1
     if counts and (times := failures_at(folder, step)) >= most:
         why = f"{times} starts have failed without a checkpoint newer than step {step}; the last: {end.why}"
+        why = why if times > 1 else end.why
         tell(folder, "failed", "given up", why, step=step)
         print(why, flush=True)
         return code or 1
@@ -70,7 +72,7 @@ def settle(folder: Path, code: int, most: int) -> int:
 
 def how_it_ended(folder: Path, state: str | None, code: int) -> End:
     """The first cause, not what followed from it: a rank's death is told by srun, all else by the ranks."""
-    job = job_name()
+    job = job_name(os.environ)
     failure = read_failure(folder, attempt(os.environ))
     known = End(failure.get("kind", "crash"), f"rank {failure['rank']} on {failure['host']}: {failure['error']}",
                 failure["rank"], failure["host"]) if failure else None  # fmt: skip
@@ -88,16 +90,19 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
         return End("killed", f"rank {rank} on {host} {how}", rank, host)
     if known:
         return known
+    words = first_words(folder, job)
+    if words and not words.endswith(f"exit code {STOPPED}"):  # srun then told its peers to stop, as if it were SLURM
+        return End("killed", words)
     if state == "preempted":
         return End("stopped", str(read_status(folder).get("why", "")))
-    return End("killed", first_words(folder, job) or f"its ranks ended with exit code {code} before the run")
+    return End("killed", words or f"its ranks ended with exit code {code} before the run")
 
 
 def leave_to_slurm(folder: Path, shown: str, end: End) -> None:
     """The job ends for good, or SLURM or an operator has put it back already."""
     state = scontrol.value(shown, "JobState")
     if scontrol.cancelled(shown):
-        why = f"job {job_name()} was cancelled"
+        why = f"job {job_name(os.environ)} was cancelled"
         tell(folder, "cancelled", "cancelled", f"{why}: {end.why}" if end.kind == "stopped" else why)
     elif scontrol.value(shown, "Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0") or state == "PENDING":
         tell(folder, "pending", "requeued", f"by SLURM or an operator; {end.why}", step=newest_step(folder))
@@ -108,9 +113,9 @@ def leave_to_slurm(folder: Path, shown: str, end: End) -> None:
 def put_back(folder: Path, shown: str, end: End) -> int:
     """Back into the queue, away from nodes that it failed on."""
     if shown and not scontrol.may_requeue(shown):
-        tell(folder, "failed", "given up", f"job {job_name()} may not be requeued; {end.why}")
+        tell(folder, "failed", "given up", f"job {job_name(os.environ)} may not be requeued; {end.why}")
         return STOPPED
-    print(f"job {job_name()} goes back to the queue: {end.why}", flush=True)
+    print(f"job {job_name(os.environ)} goes back to the queue: {end.why}", flush=True)
     if shown and scontrol.requeue():
         tell(folder, "pending", "requeued", end.why)
         avoid(folder, shown)
@@ -158,16 +163,10 @@ def newest_step(folder: Path) -> int:
     return int(read_json(folder / "checkpoints" / "latest.json").get("step", 0))
 
 
-def job_name() -> str:
-    """As squeue names it: 123, or 123_4 in an array."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-
-
 def tell(folder: Path, state: str, event: str, why: str, **facts: Any) -> None:
     """A full disk must not keep the job from going back."""
     with contextlib.suppress(OSError):
-        write_status(folder, state=state, why=why)
+        write_status(folder, state=state, why=why, settled=attempt(os.environ))
     with contextlib.suppress(OSError):
         history.note(folder, event, why=why, **facts)
 

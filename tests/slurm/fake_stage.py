@@ -36,11 +36,14 @@ def main(run_folder: str) -> None:
         (folder / f"sum_{rank}.json").write_text(json.dumps(all_reduce(rank)))
     if "sleep" in config:
         time.sleep(config["sleep"][again])
-    if rank == config.get("rank", -1) and not (again and config.get("once", False)):
+    spared = (again and config.get("once", False)) or os.environ.get("SLURMD_NODENAME") != config.get(
+        "node", os.environ.get("SLURMD_NODENAME")
+    )
+    if rank == config.get("rank", -1) and not spared:
         fault(config["fault"], folder)
     if config.get("stoppable", False):
         stop_when_told(folder / f"ready_{rank}", config.get("saving", 0.5))
-    if "fault" in config and not (again and config.get("once", False)):
+    if "fault" in config and not (again and config.get("finishes", False)):
         time.sleep(60)
     if rank == 0 and config.get("finishes", False):
         write_status(folder, state="finished")
@@ -71,7 +74,8 @@ def stop_when_told(ready: Path, seconds: float) -> None:
         time.sleep(seconds)
         ready.with_name(ready.name.replace("ready", "saved")).touch()
         if os.environ["RANK"] == "0" and "SLURM_JOB_ID" in os.environ:
-            write_status(ready.parent, state="preempted", why="SIGTERM; saved at step 7")
+            this = os.environ["BARLOW_ATTEMPT"]
+            write_status(ready.parent, state="preempted", attempt=this, why=f"{stop.told()}; saved at step 7")
         raise Preempted("SIGTERM", 7)
 
 

@@ -76,6 +76,7 @@ def test_attempts() -> None:
     assert attempt({"SLURM_JOB_ID": "7"}) == "7.0"
     assert attempt({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == "7.2"
     assert attempt({"SLURM_JOB_ID": "7", "BARLOW_ATTEMPT": "here-1"}) == "here-1"
+    assert attempt({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}) == "7_2.0"
 
 
 def test_job_travels_as_strings() -> None:
@@ -101,7 +102,13 @@ def test_how_a_rank_leaves(tmp_path: Path, body: str, code: int, failure: dict[s
     (tmp_path / "tiny_stage.py").write_text(stage)
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([str(tmp_path), root])
-    environment = {**os.environ, "PYTHONPATH": path, "BARLOW_ATTEMPT": "a", "RANK": "3"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "BARLOW_ATTEMPT": "a",
+        "RANK": "3",
+        "BARLOW_LAUNCHER": str(os.getpid()),
+    }
     command = [sys.executable, "-m", "slurm.job", "tiny_stage", str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == code
@@ -122,6 +129,7 @@ def test_a_full_disk_does_not_hide_the_error(make_run: Callable[..., Path]) -> N
     (folder / "logs").write_text("in the way: nothing can be written below it")
     command = [sys.executable, "-m", "slurm.job", "fake_stage", str(folder)]
     environment = {**os.environ, "BARLOW_ATTEMPT": "a", "RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"BARLOW_LAUNCHER": str(os.getpid())}
     done = subprocess.run(command, cwd=folder / "code", env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert done.stderr == "error: shards of data/x are cut short: write them again\n"

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     for sub in ("logs/submitit", "checkpoints"):
         (run / sub).mkdir(parents=True)
-    write_status(run, state="running", attempts=1, why="", job="7")
+    write_status(run, state="running", attempts=1, why="", job="7", attempt="7.0")
     return run
 
 
@@ -61,8 +61,8 @@ def events(folder: Path) -> list[str]:
 
 
 def fail(folder: Path, **facts: Any) -> None:
-    known: dict[str, Any] = {"rank": 1, "error": "ValueError: bad", "traceback": "...", "exit_code": 1, "host": "n2"} | facts
-    record_failure(folder, "7.0", **known)
+    known: dict[str, Any] = {"rank": 1, "error": "ValueError: bad", "traceback": "...", "exit_code": 1, "host": "n2"}
+    record_failure(folder, "7.0", **known | facts)
 
 
 def test_a_finished_run_stays_finished(folder: Path, settle: Settle) -> None:
@@ -77,6 +77,11 @@ def test_a_run_that_was_told_to_stop_goes_back(folder: Path, settle: Settle) -> 
     assert events(folder) == ["stopped", "requeued"]
 
 
+def test_what_an_earlier_start_said_does_not_count(folder: Path, settle: Settle) -> None:
+    write_status(folder, state="preempted", attempt="7.00", why="SIGTERM; saved at step 9")
+    assert settle(code=0) == (0, [])
+
+
 @pytest.mark.parametrize("how", ["Terminated", "User defined signal 2"])
 def test_a_rank_told_before_it_could_hear_was_told_all_the_same(folder: Path, settle: Settle, how: str) -> None:
     assert settle(said=KILLED.replace("Killed", how))[1] == ["requeue 7"]
@@ -89,6 +94,16 @@ def test_a_killed_rank_sends_the_job_back(folder: Path, settle: Settle) -> None:
     told = history.read(folder)[0]
     assert (told["event"], told["rank"], told["host"], told["kind"]) == ("failed", 1, "n2", "killed")
     assert read_status(folder)["why"] == "rank 1 on n2 was killed by SIGKILL"
+
+
+def test_what_peers_are_told_because_one_failed_is_no_stop(folder: Path, settle: Settle) -> None:
+    write_status(folder, state="preempted", why="SIGTERM outside training")
+    said = "start 0\nsrun: error: n2: task 1: Exited with exit code 9\n"
+    said += "srun: error: n1: task 0: Exited with exit code 75\n"
+    assert settle(said=said)[1] == ["requeue 7"]
+    assert [event["why"] for event in history.read(folder) if event["event"] == "failed"] == [
+        "n2: task 1: Exited with exit code 9"
+    ]
 
 
 def test_what_the_watchdog_found_is_the_reason_of_its_kill(folder: Path, settle: Settle) -> None:

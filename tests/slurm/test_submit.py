@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
 import subprocess
@@ -131,7 +130,7 @@ def test_ranks_of_one_node_follow_each_other(real_slurm: Path, make_run: MakeRun
 def test_first_failure_ends_all_and_is_shown(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
     folder = make_run("broken", fault="raise", rank=2)
     began = time.monotonic()
-    code, _, err = run(folder, nodes=4, follow=True)
+    code, _, err = run(folder, nodes=4, follow=True, max_failures=1)
     assert time.monotonic() - began < 15  # the other ranks would sleep for a minute
     assert code == 1
     assert err.startswith("rank 2 on n3 failed first:\nTraceback")
@@ -143,7 +142,7 @@ def test_first_failure_ends_all_and_is_shown(real_slurm: Path, make_run: MakeRun
 @needs_slurm
 def test_killed_rank_ends_all_and_is_named(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
     folder = make_run("killed", fault="kill", rank=2)
-    code, _, err = run(folder, nodes=4, follow=True)
+    code, _, err = run(folder, nodes=4, follow=True, max_failures=1)
     assert code == 1
     assert err == f"rank 2 on n3 was killed by SIGKILL; logs: {folder / 'logs'}\n"
     assert read_status(folder)["state"] == "failed"
@@ -226,89 +225,6 @@ def test_ctrl_c_leaves_the_job_running(real_slurm: Path, make_run: MakeRun, star
     assert f"job {job} goes on" in err
     assert job_state(job).name == "RUNNING"
     subprocess.run(["scancel", job], check=True)
-
-
-@needs_slurm
-def test_preempted_job_comes_back(real_slurm: Path, make_run: MakeRun, start: Start) -> None:
-    folder = make_run("preempted", sleep=[30, 0])
-    launcher = start(folder, nodes=4, follow=True)
-    wait_for(lambda: all((folder / f"alive_{rank}").exists() for rank in range(4)))
-    urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
-    subprocess.run(urgent, check=True, capture_output=True, cwd=folder)
-    out, err = launcher.communicate(timeout=60)
-    assert (launcher.returncode, err) == (0, "")
-    assert "pending: BeginTime" in out
-    assert out.count("rank 0 of 4 says original") == 2
-    assert out.count("done") == 1
-    assert len(set((folder / "ports").read_text().split())) == 2  # a new rendezvous for the new start
-
-
-@needs_slurm
-def test_a_job_told_before_its_stage_heeds_comes_back(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
-    """Preempted with notice while rank 0 waits deep in C for a late rank; and while Python itself still starts."""
-    joining, starting = make_run("joining", sum=True, late=[60, 0]), make_run("starting", sum=True)
-    slow = "import os, pathlib, time\nif 'SLURM_STEP_ID' in os.environ and 'SLURM_RESTART_COUNT' not in os.environ:\n"
-    slow += f"    pathlib.Path('{starting}', 'slow_' + os.environ['SLURM_PROCID']).touch()\n    time.sleep(60)\n"
-    (starting / "sitecustomize.py").write_text(slow)
-    grace = ["scontrol", "update", "PartitionName=main"]
-    subprocess.run([*grace, "GraceTime=20"], check=True)
-    try:
-        assert run(joining, nodes=2)[0] == 0
-        assert run(starting, nodes=2, setup=[f"export PYTHONPATH={starting}"])[0] == 0
-        marks = [joining / "alive_0", joining / "alive_1", starting / "slow_0", starting / "slow_1"]
-        wait_for(lambda: all(mark.exists() for mark in marks))
-        time.sleep(3)  # rank 0 imports torch and waits for rank 1
-        urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true"]
-        began = time.monotonic()
-        subprocess.run(urgent, check=True, capture_output=True, cwd=joining)
-        jobs = [read_status(folder)["job"] for folder in (joining, starting)]
-        wait_for(lambda: all(job_state(job).name == "PENDING" for job in jobs), seconds=15)
-        assert time.monotonic() - began < 15  # not at the end of the grace time, but by themselves
-        assert [read_status(folder)["state"] for folder in (joining, starting)] == ["pending", "pending"]
-        wait_for(lambda: all(job_state(job).name == "COMPLETED" for job in jobs), seconds=60)
-    finally:
-        subprocess.run([*grace, "GraceTime=0"], check=True)
-    for folder in (joining, starting):
-        assert [json.loads((folder / f"sum_{rank}.json").read_text()) for rank in range(2)] == [11.0, 11.0]
-        assert not (folder / "logs" / "failure.json").exists()
-    assert "told to stop before it began; job" in (joining / "logs" / "rank_0.log").read_text()
-
-
-@needs_slurm
-def test_a_killed_rank_is_told_though_nobody_follows(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
-    killed, silent = make_run("unwatched", fault="kill", rank=1), make_run("silent", fault="silent", rank=1)
-    for folder in (killed, silent):
-        assert run(folder, nodes=2)[0] == 0
-    wait_for(lambda: not any(job_state(read_status(folder)["job"]).alive for folder in (killed, silent)))
-    assert job_state(read_status(killed)["job"]).name == "FAILED"
-    assert [read_status(folder)["state"] for folder in (killed, silent)] == ["failed", "failed"]
-    assert re.fullmatch(r"rank 1 on n\d was killed by SIGKILL", read_status(killed)["why"])
-    assert "Exited with exit code 9" in read_status(silent)["why"]
-
-
-@needs_slurm
-def test_a_run_told_to_stop_is_put_back_but_not_a_cancelled_one(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
-    told, alone, cancelled = (make_run(name, stoppable=True) for name in ("told", "alone", "cancelled"))
-    (alone / "scontrol").write_text("#!/bin/sh\nexit 1\n")  # as good as none, for ranks of the second run
-    (alone / "scontrol").chmod(0o755)
-    for folder in (told, alone, cancelled):
-        setup = [f"export PATH={alone}:$PATH"] if folder == alone else []
-        assert run(folder, nodes=2, setup=setup)[0] == 0
-    ready = [folder / f"ready_{rank}" for folder in (told, alone, cancelled) for rank in range(2)]
-    wait_for(lambda: all(path.exists() for path in ready))
-    job, job_alone, job_cancelled = (read_status(folder)["job"] for folder in (told, alone, cancelled))
-    subprocess.run(["scancel", "--signal=TERM", job, job_alone], check=True)
-    subprocess.run(["scancel", job_cancelled], check=True)
-    wait_for(lambda: job_state(job).name == "PENDING")
-    assert "goes back to the queue" in (told / "logs" / "rank_0.log").read_text()
-    wait_for(lambda: "waits for SLURM to end it" in (alone / "logs" / "rank_0.log").read_text())
-    assert job_state(job_alone).name == "RUNNING"
-    wait_for(lambda: not job_state(job_cancelled).alive)
-    assert job_state(job_cancelled).name == "CANCELLED"
-    assert read_status(cancelled)["state"] == "cancelled"
-    assert read_status(told)["state"] == "pending"
-    assert not any((folder / "logs" / "failure.json").exists() for folder in (told, alone, cancelled))
-    subprocess.run(["scancel", job, job_alone], check=True)
 
 
 @needs_slurm
