@@ -19,13 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow import dist, history, pulse
 from barlow.config import Pretrain
-from barlow.data import chance, order
+from barlow.data import chance, order, staging
 from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index, read_index
 from barlow.data.views import pair
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
+from barlow.engine.preflight import preflight
 from barlow.engine.record import Recorder
 from barlow.engine.run import hold, load_config
 from barlow.errors import Preempted, UserError
@@ -46,11 +47,14 @@ def main(run_folder: str) -> None:
     dist.init(device)
     request = StopRequest()
     holding = claim(folder) if dist.rank() == 0 else None  # until this process ends
+    beats = pulse.of_this_rank()
     index = read_index(config.data.dir)
-    loader = Loader(index, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
+    objective = build(config, device)
+    told = prepare(config, folder, index, objective, device, beats)
+    near = staging.staged(index, config.data.splits, config.data.stage)
+    loader = Loader(near, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
     plan = plan_of(config, len(loader))
 
-    objective = build(config, device)
     model = distribute(objective, device)
     knobs = config.optim
     optimizer = Lars(
@@ -63,9 +67,9 @@ def main(run_folder: str) -> None:
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
     if holding:
         checkpoints.tidy()
-    start, told = restore(checkpoints, objective, optimizer, config, index)
+    start, skipped = restore(checkpoints, objective, optimizer, config, index)
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
-    for line in (*told, describe(config, plan, objective, device, start)):
+    for line in (*told, *skipped, describe(config, plan, objective, device, start)):
         recorder.say(line)
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
@@ -92,7 +96,6 @@ def main(run_folder: str) -> None:
     def evaluate() -> Iterator[tuple[str, float]]:
         return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
 
-    beats = pulse.of_this_rank()
     positions = order.positions(
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
@@ -130,6 +133,19 @@ def claim(folder: Path) -> IO[str]:
     with suppress(OSError):
         write_status(folder, attempt=os.environ.get("BARLOW_ATTEMPT", ""))
     return hold(folder, patience=60.0)
+
+
+def prepare(
+    config: Pretrain, folder: Path, index: Index, objective: nn.Module, device: torch.device, beats: pulse.Pulse
+) -> list[str]:
+    """See that every node is fit, and has its data; lines for the log. A node that is not is a BadNode on all ranks."""
+    weights = sum(p.nbytes for p in objective.parameters())
+    memory = 2 * weights if dist.rank() == 0 else 0  # a checkpoint's copy, momentum included
+    disk = 2 * weights * (config.checkpoint.keep + 1)
+    work = staging.ready(index, config.data.splits, config.data.stage, config.preflight.hashes)
+    return preflight(
+        config.preflight, folder, memory, disk, work, device, lambda: beats.beat(0, "start", config.watch.start)
+    )
 
 
 def begin(folder: Path, start: int, steps: int) -> None:
