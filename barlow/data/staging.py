@@ -32,6 +32,7 @@ Say = Callable[[str], object]
 PIECE = 1 << 22  # bytes read at once
 SYNC = 1 << 28  # bytes written between two fsyncs, so that none takes minutes
 PATIENCE = 600.0  # seconds to wait for another process whose copy does not grow
+GIB = 1 << 30
 EVERY = 10.0  # seconds between two lines of progress
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 BROKEN = {errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.EUCLEAN}  # of a disk; all else is a wrong folder
@@ -99,7 +100,8 @@ def stage(index: Index, splits: Sequence[str], target: str, hashes: bool = True,
                     shutil.rmtree(copy.folder, ignore_errors=True)
                 raise
     except OSError as error:
-        told = f"--data.stage {where}: {(error.strerror or str(error)).lower()}"
+        why = error.strerror or str(error)
+        told = f"--data.stage {where}: {why[:1].lower()}{why[1:]}"
         if error.errno in FULL:
             say(f"warning: {told}: reading {index.folder} instead")
             return ""
@@ -125,7 +127,7 @@ def _fill(index: Index, copy: Index, hashes: bool, say: Say) -> Work:
         here.path.unlink(missing_ok=True)
     free, needed = shutil.disk_usage(copy.folder).free, sum(here.bytes for _, here in missing)
     if needed > free:
-        raise OSError(errno.ENOSPC, f"no space left ({_gib(free)} free, {_gib(needed)} needed)")
+        raise OSError(errno.ENOSPC, f"no space left ({free / GIB:.2f} GiB free, {needed / GIB:.2f} GiB needed)")
     told = _Told(f"copying {len(missing)} shards to {copy.folder}", [here for _, here in missing], say)
     for shared, here in missing:
         if (yield from _copy_shard(shared, here.path, told)) != shared.sha256:
@@ -257,10 +259,6 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
-
-
 class _Told:
     """How far a work is: a line every ten seconds, and what it was in the end."""
 
@@ -273,7 +271,7 @@ class _Told:
         self.done += size
         if time.monotonic() - self.last > EVERY:
             self.last = time.monotonic()
-            self.say(f"{self.what}: {_gib(self.done)} of {_gib(self.total)}")
+            self.say(f"{self.what}: {self.done / GIB:.2f} of {self.total / GIB:.2f} GiB")
 
     def end(self) -> str:
-        return f"{_gib(self.done)} in {time.monotonic() - self.began:.1f} s"
+        return f"{self.done / GIB:.2f} GiB in {time.monotonic() - self.began:.1f} s"
