@@ -52,9 +52,14 @@ def confirmed(living: Sequence[Run]) -> bool:
 
 
 def refuse_elsewhere(run: Run) -> None:
-    """A launcher without SLURM can be told on its own machine alone; and its number must still be its own."""
-    if run.job:
+    """What is not within reach from here: another SLURM's job, whose number may be a stranger's here, and a launcher on
+    another machine. The number of one on this machine must still be its own."""
+    if run.queued.alive:
         return
+    if run.job and not run.here:
+        raise UserError(
+            f"run {run.name}: SLURM does not know job {run.job} here, or does not answer: nothing was cancelled"
+        )
     host, pid, _ = launcher(run.folder)
     if host and host != socket.gethostname():
         raise UserError(f"run {run.name} runs on {host}: give the same command there")

@@ -125,9 +125,11 @@ def checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def heartbeats(folder: Path) -> list[dict[str, Any]]:
-    """The newest of each rank, with the seconds since."""
+    """The newest of each rank of this start, with the seconds since."""
     found = [read_json(path) for path in (folder / "heartbeats").glob("rank_*.json")]
-    beats = [beat | {"ago": round(time.time() - beat["time"], 1)} for beat in found if "time" in beat]
+    found = [beat for beat in found if "time" in beat]
+    start = max(found, key=lambda beat: beat["time"], default={}).get("attempt")
+    beats = [beat | {"ago": round(time.time() - beat["time"], 1)} for beat in found if beat.get("attempt") == start]
     return sorted(beats, key=lambda beat: int(beat.get("rank", 0)))
 
 

@@ -32,7 +32,7 @@ class Run:
     status: Mapping[str, Any]  # what status.json says
     state: str  # pending, running, preempted, failed, cancelled, finished: what is so
     why: str = ""  # it stopped
-    detail: str = ""  # requeued; starting, ending, suspended
+    detail: str = ""  # not started, requeued; starting, ending, suspended
     job: str = ""  # SLURM's, the last one; empty: none, or it runs here
     queued: State = field(default_factory=State)  # what squeue says of the job
     here: bool = False  # a launcher without SLURM has it
@@ -60,7 +60,7 @@ def find(runs_dir: Path, words: Sequence[str] = ()) -> list[Path]:
     known = {path.name: path for path in sorted(folders, key=begun, reverse=True)}
     chosen = set() if words else set(known)
     for word in words:
-        name = Path(word).name  # a path, as a shell completes it, will do
+        name = Path(word).name if Path(word).parent.resolve() == runs_dir.resolve() else word  # as a shell completes it
         hits = [name] if name in known else fnmatch.filter(known, name)
         if not hits:
             close = difflib.get_close_matches(name, known, n=1)
@@ -114,7 +114,7 @@ def stands(folder: Path, status: Mapping[str, Any], here: bool, answer: State | 
         detail = phase(run.state, updated, launcher(folder)[2])
         return replace(run, state="running", detail=detail, job="", here=True)
     if not run.job and run.state != "running":
-        return run
+        return replace(run, detail="not started") if run.state == "pending" else run
     if not run.job:
         away = launcher(folder)[0] not in ("", socket.gethostname())  # locks may not reach from there to here
         return replace(run, certain=False) if away else replace(run, state="failed", why="its launcher is gone")

@@ -83,11 +83,12 @@ def page(told: Mapping[str, Any]) -> str:
 
 
 def events(history: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    named = [{"time": moment(event["time"]), **{key: words(event.get(key)) for key in EVENT}} for event in history]
-    return [{**event, "why": cut(event["why"], 60)} for event in named]
-
-
-EVENT = ("event", "step", "host", "why")
+    table = []
+    for event in history:
+        why = event.get("why") or (f"job {event['job']}" if event.get("job") else event.get("nodes"))
+        told = {"time": moment(event["time"]), **{key: words(event.get(key)) for key in ("event", "step", "host")}}
+        table.append({**told, "why": cut(words(why), 60)})
+    return table
 
 
 def ranks(beats: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +141,12 @@ def test_a_job_that_slurm_has_forgotten(real_slurm: Path, tmp_path: Path, make_r
     (sacct := tmp_path / "sacct").write_text("#!/bin/sh\necho '999999|NODE_FAIL|n3|ran'\n")
     sacct.chmod(0o755)
     write_status(running, state="running", why="")
+    (running / "heartbeats").mkdir()
+    (running / "heartbeats" / "rank_0.json").write_text("{}")  # where it runs, SLURM may number its jobs the same
+    code, out, err = jobs(tmp_path, "cancel", "ran", "--yes")
+    assert (code, out) == (2, "")
+    assert err == "error: run ran: SLURM does not know job 999999 here, or does not answer: nothing was cancelled\n"
+    assert read_status(running)["state"] == "running"
     path = os.environ["PATH"]
     try:
         os.environ["PATH"] = f"{tmp_path}:{path}"
@@ -155,6 +162,12 @@ def test_a_run_here(tmp_path: Path, make_run: MakeRun, start: Start) -> None:
     for folder in (told, killed):
         write_status(folder, state="running", step=5)
     assert {row["state"] for row in listed(tmp_path).values()} == {"running"}
+    (told / "logs" / "rank_0.log").write_text("step 5\n")
+    follower = begin(tmp_path, "logs", "told", "-f")
+    assert follower.stdout is not None
+    assert follower.stdout.readline() == "step 5\n"
+    follower.send_signal(signal.SIGINT)
+    assert follower.wait(5) == 130
     code, _, err = jobs(tmp_path, "cancel", "told")
     assert (code, err) == (2, "error: give --yes: there is no terminal to ask on\n")
     code, out, err = jobs(tmp_path, "cancel", "told", "--yes")

@@ -152,6 +152,8 @@ def test_names_and_patterns(tmp_path: Path) -> None:
     assert names() == ["base", "sweep-2", "sweep-1"]  # newest first
     assert names("sweep-*") == ["sweep-2", "sweep-1"]
     assert names(f"{tmp_path}/base/", "sweep-1", "s*-1") == ["base", "sweep-1"]
+    with pytest.raises(UserError, match="no run 'other/base'"):
+        names("other/base")
     with pytest.raises(UserError, match=r"no run 'swep-1' in .*: did you mean sweep-1\?"):
         names("base", "swep-1")
     with pytest.raises(UserError, match=r"no run 'x\*' in .*: it has base, sweep-2, sweep-1$"):
@@ -165,11 +167,13 @@ def test_a_row_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (folder / "metrics.jsonl").write_text(text + '{"step": 101, "ima')
     write_json(folder / "config.json", {"epochs": 10, "model": {"backbone": "resnet50", "projector": [8, 8]}})
     (folder / "command.txt").write_text("2026-01-01 00:00:00  first\n2026-01-02 00:00:00  python launchers/x.py\n")
+    history.note(folder, "submitted", job="12")
     history.note(folder, "failed", step=60, rank=2, host="n3", why="rank 2 on n3 was killed by SIGKILL")
     history.note(folder, "start", step=60, ranks=4, nodes=["n1", "n2"])
     (folder / "heartbeats").mkdir()
     beat = {"node": "n1", "step": 100, "phase": "data", "time": time.time()}
     write_json(folder / "heartbeats" / "rank_10.json", {**beat, "rank": 10, "late": 20.2})
+    write_json(folder / "heartbeats" / "rank_11.json", {**beat, "rank": 11, "attempt": "11.0", "time": 1.0})
     write_json(folder / "heartbeats" / "rank_9.json", {**beat, "rank": 9, "late": -200.0})
     squeue = "12|RUNNING|None|n[1-4]|1-02:00:05|2026-01-01T00:00:00|long"
     program(tmp_path, "squeue", f"echo '{squeue}'")
@@ -186,6 +190,7 @@ def test_a_row_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     page = table.page(told)
     for line in ("100/1000, 101 images/s, 9m30s left", "12 running, n[1-4], 1d02h of its time limit left"):
         assert line in page
+    assert page.count("submitted              job 12\n") == 1
     assert "10  n1     100  data   late by 20s" in page
     line = table.listing([row]).splitlines()[1]
     assert line == "long  running  100/1000       2       101  9m30s  12   n[1-4]"
