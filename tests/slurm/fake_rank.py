@@ -61,11 +61,11 @@ def dawdle(beats: pulse.Pulse) -> None:
 
 
 def leave(_: object) -> None:
-    time.sleep(0.5)
+    time.sleep(0.3)
 
 
 def fail(_: object) -> None:
-    time.sleep(0.5)
+    time.sleep(0.3)
     raise ValueError("as ranks do")
 
 

@@ -54,7 +54,7 @@ def ranks(folder: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def beats(step: int, phase: str, within: float = 0.4, then: str = "wait", **more: Any) -> dict[str, Any]:
+def beats(step: int, phase: str, within: float = 0.3, then: str = "wait", **more: Any) -> dict[str, Any]:
     return {"beats": [[step, phase, within]], "then": then, **more}
 
 
@@ -223,13 +223,13 @@ def suspend(rank: subprocess.Popen[str], seconds: float) -> None:
 
 def test_a_suspended_job_goes_on(folder: Path, ranks: Start) -> None:
     """`scontrol suspend` stops the watchdog, too. What has hung before gets its full time again, but no more."""
-    one, other = ranks(beats(2, "step", 1.2, constants={"JUMP": 0.5}), beats(9, "step", 60, then="leave"))
+    one, other = ranks(beats(2, "step", 1.0, constants={"JUMP": 0.4}), beats(9, "step", 60, then="leave"))
     other.wait()
     began = time.monotonic()
-    suspend(one, 1.5)
+    suspend(one, 1.2)
     assert not (folder / "logs" / "failure.json").exists()
     assert killed(one)
-    assert time.monotonic() - began > 1.5 + 0.8
+    assert time.monotonic() - began > 1.2 + 0.6
     assert re.match("has not moved for [12] s", read_failure(folder, ATTEMPT)["error"])  # the pause does not count
     assert heartbeat(folder, 1)["process"] == "X"  # left in peace: not to blame
 
@@ -284,10 +284,10 @@ def test_a_full_disk_changes_nothing(folder: Path, ranks: Start, full: Sequence[
 def test_a_file_system_that_hangs_does_not_save_a_rank(folder: Path, ranks: Start) -> None:
     (folder / "logs" / "stacks").mkdir()
     os.mkfifo(folder / "logs" / "stacks" / f"{ATTEMPT}.rank_0.txt")  # opening it takes for ever
-    (rank,) = ranks(beats(1, "step", 0.2, constants={"HUNG": 20}))
+    (rank,) = ranks(beats(1, "step", 0.2, constants={"HUNG": 12}))
     began = time.monotonic()
     assert killed(rank)
-    assert time.monotonic() - began > 1.0
+    assert time.monotonic() - began > 0.6
 
 
 def test_stacks_on_demand(folder: Path, ranks: Start) -> None:
@@ -302,6 +302,6 @@ def test_stacks_on_demand(folder: Path, ranks: Start) -> None:
 
 
 def test_a_watchdog_that_fails_says_so(folder: Path, ranks: Start) -> None:
-    (rank,) = ranks(beats(1, "step", 0.2, constants={"EVERY": "soon", "HUNG": 20}))
+    (rank,) = ranks(beats(1, "step", 0.2, constants={"EVERY": "soon", "HUNG": 12}))
     assert killed(rank)
     assert "this rank's watchdog failed:\nTraceback" in stacks(folder)
