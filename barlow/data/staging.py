@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -85,7 +85,7 @@ def stage(index: Index, splits: Sequence[str], target: str, hashes: bool = True,
 
     No room is no error: it is said, and `staged` answers with the shared shards."""
     copy = _copy(index, splits, target)
-    where = copy.folder.parent
+    where, content = copy.folder.parent, json.loads((index.folder / INDEX).read_text())
     try:
         where.mkdir(parents=True, exist_ok=True)
         with open(_lock_of(copy.folder), "a") as lock:
@@ -94,7 +94,7 @@ def stage(index: Index, splits: Sequence[str], target: str, hashes: bool = True,
                 return ""
             _tidy(where, copy.folder)
             try:
-                return (yield from _fill(index, copy, hashes, say))
+                return (yield from _fill(index, content, copy, hashes, say))
             except OSError as error:
                 if error.errno in FULL:  # half a copy serves nobody
                     shutil.rmtree(copy.folder, ignore_errors=True)
@@ -110,7 +110,7 @@ def stage(index: Index, splits: Sequence[str], target: str, hashes: bool = True,
         raise UserError(f"{told}: give a folder on each node's own disk that this job may write") from None
 
 
-def _fill(index: Index, copy: Index, hashes: bool, say: Say) -> Work:
+def _fill(index: Index, content: dict, copy: Index, hashes: bool, say: Say) -> Work:
     """Copy what is not there, or not as it should be; the index last, for it stands for a whole copy."""
     pairs = list(zip(_shards(index, copy.splits), _shards(copy, copy.splits), strict=True))
     told = _Told(f"comparing the hashes of the copy in {copy.folder}", [here for _, here in pairs], say)
@@ -135,7 +135,6 @@ def _fill(index: Index, copy: Index, hashes: bool, say: Say) -> Work:
         if hashes and (yield from _sha256(here.path)) != here.sha256:
             here.path.unlink()
             return f"{here.path} does not read as it was written: its disk fails"
-    content = json.loads((index.folder / INDEX).read_text())
     chosen = {name: {**content["splits"][name], "names": str(split.names)} for name, split in copy.splits.items()}
     write_json(copy.folder / INDEX, {**content, "splits": chosen})
     _sync(copy.folder)
@@ -146,8 +145,8 @@ def _fill(index: Index, copy: Index, hashes: bool, say: Say) -> Work:
 def _copy_shard(shared: Shard, path: Path, told: _Told) -> Work:
     """-> the hash of what was read. If it is the right one, the file has its name once it is on the disk."""
     fresh, digest, written = path.with_name(f".{path.name}.tmp"), hashlib.sha256(), 0
-    with open(shared.path, "rb") as source, open(fresh, "wb") as file:
-        while piece := _read(source):
+    with open(fresh, "wb") as file:
+        for piece in _pieces(shared.path):
             digest.update(piece)
             file.write(piece)
             before, written = written, written + len(piece)
@@ -166,12 +165,14 @@ def _copy_shard(shared: Shard, path: Path, told: _Told) -> Work:
     return digest.hexdigest()
 
 
-def _read(source: IO[bytes]) -> bytes:
-    """That a shared file cannot be read is no fault of the disk it is copied to."""
+def _pieces(shared: Path) -> Iterator[bytes]:
+    """Of a shared file. That it cannot be read is no fault of the disk it is copied to."""
     try:
-        return source.read(PIECE)
+        with open(shared, "rb") as file:
+            while piece := file.read(PIECE):
+                yield piece
     except OSError as error:
-        raise RuntimeError(f"{source.name}: {error}") from error
+        raise RuntimeError(f"cannot read {shared}: {error.strerror}") from error
 
 
 def _sha256(path: Path, told: _Told | None = None) -> Work:
@@ -193,6 +194,8 @@ def _turn(lock: IO[str], folder: Path) -> Generator[None, None, bool]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
+            now = 0
+        with contextlib.suppress(FileNotFoundError):  # one that has got its name meanwhile
             now = sum(path.stat().st_size for path in folder.glob("*"))
         if now != size:
             size, since = now, time.monotonic()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -201,6 +201,12 @@ def test_other_data_and_other_splits_have_other_folders(index: Index, scratch: P
     assert len(list(scratch.glob("*/index.json"))) == 2
 
 
+def test_a_shared_shard_that_cannot_be_read_is_no_fault_of_the_disk(index: Index, scratch: Path) -> None:
+    first(index).unlink()
+    with pytest.raises(RuntimeError, match=f"cannot read {first(index)}: No such file or directory"):
+        stage_now(index, scratch)
+
+
 @pytest.fixture
 def disk(scratch: Path) -> Iterator[Path]:
     """A disk of 1 MB, less than a shard."""
@@ -245,22 +251,23 @@ def start(on_ranks: object) -> Iterator[Start]:
 
 def rank(index: Index, scratch: Path, splits: tuple[str, ...], pace: float, pieces: Any) -> None:
     """One that stages; a small piece at a time, which it counts."""
-    staging.PIECE, read = PIECE, staging._read
+    staging.PIECE, read = PIECE, staging._pieces
 
-    def slowly(source: IO[bytes]) -> bytes:
-        with pieces.get_lock():
-            pieces.value += 1
-        time.sleep(pace)
-        return read(source)
+    def slowly(shared: Path) -> Iterator[bytes]:
+        for piece in read(shared):
+            with pieces.get_lock():
+                pieces.value += 1
+            time.sleep(pace)
+            yield piece
 
-    staging._read = slowly
+    staging._pieces = slowly
     assert finish(stage(index, splits, str(scratch))) == ""
     assert staged(index, splits, str(scratch)) is not index
 
 
 def pieces_of(index: Index, splits: tuple[str, ...]) -> int:
-    """Of one copy; the last piece of each file is empty."""
-    return sum(-(-shard.bytes // PIECE) + 1 for name in splits for shard in index.split(name).files)
+    """Of one copy."""
+    return sum(-(-shard.bytes // PIECE) for name in splits for shard in index.split(name).files)
 
 
 def until(condition: Callable[[], bool]) -> None:
