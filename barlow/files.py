@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,14 @@ def read_status(folder: Path) -> dict[str, Any]:
     return read_json(folder / "status.json")
 
 
-def write_status(folder: Path, **changes: Any) -> None:
-    """Lay `changes` over a run's status.json; launcher and ranks take turns, so that none undoes another's."""
+def write_status(folder: Path, unless: Sequence[str] = (), **changes: Any) -> bool:
+    """Lay `changes` over a run's status.json; launcher and ranks take turns, so that none undoes another's.
+
+    Not while its state is one of `unless`; returns whether it was done."""
     with open(folder / ".status.lock", "w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
-        write_json(folder / "status.json", {**read_status(folder), **changes, "updated": round(time.time(), 1)})
+        before = read_status(folder)
+        if before.get("state") in unless:
+            return False
+        write_json(folder / "status.json", {**before, **changes, "updated": round(time.time(), 1)})
+    return True

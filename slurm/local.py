@@ -51,6 +51,7 @@ def run(module: str, folder: Path, ranks: int, given: Mapping[str, Any] | None =
     with only_run(folder), signals_raise(), guarded() as guard:
         try:
             write_json(folder / "cluster.json", given or {})
+            write_status(folder, job="")  # of an earlier start, in SLURM
             for rank, environment in enumerate(environments(folder, ranks, attempt)):
                 started.append(start(module, folder, rank, environment))
                 os.write(guard, f"{started[-1].pid}\n".encode())

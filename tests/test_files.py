@@ -31,7 +31,14 @@ def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
 
 def count(folder: Path, name: str) -> None:
     for i in range(50):
-        write_status(folder, **{name: i})
+        write_status(folder, (), **{name: i})
+
+
+def test_a_state_that_is_final_stays(tmp_path: Path) -> None:
+    assert write_status(tmp_path, unless=("finished",), state="running", step=1)
+    assert write_status(tmp_path, state="finished")
+    assert not write_status(tmp_path, unless=("finished",), state="cancelled", step=2)
+    assert read_status(tmp_path).items() >= {"state": "finished", "step": 1}.items()
 
 
 def test_changes_of_several_processes_are_all_kept(tmp_path: Path) -> None:
