@@ -19,6 +19,8 @@ import torch.distributed
 import barlow.engine.preflight
 from barlow import dist
 from barlow.config import Preflight
+from barlow.data import staging
+from barlow.data.shards import read_index
 from barlow.engine import memory
 from barlow.engine.preflight import Found, clock_offsets, preflight, taken, wrong_clocks
 from barlow.errors import BadNode, UserError
@@ -180,6 +182,28 @@ def test_data_may_take_longer_than_a_collective(on_ranks: Ranks, tmp_path: Path)
         assert pieces == (250 if rank == 0 else 3)
         assert seconds > 2.5
         assert beats >= 5
+
+
+def staging_on_two_nodes(shards: str, folder: Path) -> tuple[str, list[str]]:
+    """One node's disk is named wrongly, then both are right: the error, and the folders that the ranks then read."""
+    os.environ |= {"SLURMD_NODENAME": f"n{dist.rank()}", "LOCAL_RANK": "0"}
+    index, splits, error, read = read_index(shards), ("unlabeled",), "", []
+    for wrongly in (True, False):
+        os.environ["DISK"] = str(folder / ("file" if wrongly and dist.rank() == 1 else f"disk{dist.rank()}"))
+        work = staging.ready(index, splits, "$DISK/barlow", hashes=True)
+        try:
+            preflight(Preflight(), folder, 0, 0, work, CPU)
+            read.append(str(staging.staged(index, splits, "$DISK/barlow").folder.parent))
+        except BadNode as caught:
+            error = str(caught)
+    return error, read
+
+
+def test_each_node_stages_to_its_own_disk(on_ranks: Ranks, tmp_path: Path, tiny_data: Path) -> None:
+    (tmp_path / "file").touch()
+    for rank, (error, read) in enumerate(on_ranks(2, staging_on_two_nodes, str(tiny_data), tmp_path)):
+        assert re.match(f"node n1: --data.stage {tmp_path}/file/barlow: not a directory: give a folder on each", error)
+        assert read == [f"{tmp_path}/disk{rank}/barlow"]
 
 
 def test_a_disk_without_room_is_a_warning(tmp_path: Path) -> None:
