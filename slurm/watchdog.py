@@ -41,6 +41,7 @@ GIVE_WAY = 10.0  # seconds for the watchdog of the rank to blame to end it, befo
 JUMP = 5.0  # seconds of sleep too many which say that the whole job was suspended
 DUMP = 2.0  # seconds for a stack to be written
 HUNG = 60  # ticks after which a watchdog that waits for the file system ends a late rank without a word
+LAST = 10.0  # seconds to write that the rank has ended
 FRAMES = 30  # of a stack, the innermost ones
 IGNORED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 STACK = re.compile(r"^(Current thread|Thread) 0x\w+([^\n]*)\n((?:  .*\n)*)", re.M)
@@ -106,7 +107,7 @@ def guard(dog: Watchdog) -> None:
         seen = dog.turns
         if same >= HUNG and view.late > 0:
             dog.kill()
-    worker.join(timeout=2 * TICK)
+    worker.join(timeout=LAST)
 
 
 def nap(seconds: float) -> float:
