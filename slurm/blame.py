@@ -67,5 +67,12 @@ def words(rank: int, ranks: Mapping[int, Heartbeat], silent: Collection[int], un
     if rank in silent:
         return f"has not been heard of for {unheard_for:.0f} s {after} ({phase}): its node or its watchdog is gone"
     held = f"; process {HELD[beat['process']]}" if beat["process"] in HELD else ""
-    alike = not held and len(ranks) > 1 and all(place(each) == place(beat) for each in ranks.values())
-    return f"has not moved for {beat['still']:.0f} s {after} ({phase}{held})" + ", nor has any other rank" * alike
+    nobody = nobody_in_particular(rank, ranks, silent)
+    return f"has not moved for {beat['still']:.0f} s {after} ({phase}{held})" + ", nor has any other rank" * nobody
+
+
+def nobody_in_particular(rank: int, ranks: Mapping[int, Heartbeat], silent: Collection[int]) -> bool:
+    """Whether the guilty one only stands for all: they wait at the same place, and none is known to be held up."""
+    if silent or rank not in ranks or ranks[rank]["process"] in HELD:
+        return False
+    return len(ranks) > 1 and all(place(each) == place(ranks[rank]) for each in ranks.values())

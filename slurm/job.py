@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from barlow import stop
 from barlow.errors import BadNode, Preempted, UserError
-from barlow.files import write_status
+from barlow.files import read_json, write_status
 from slurm import watchdog
 from slurm.states import read_failure, record_failure
 
@@ -47,6 +47,8 @@ def run(module: str, run_folder: str, working_folder: str) -> None:
     """MODULE.main(run_folder). Whatever it raises ends this process: 2 for a UserError, 1 for a crash."""
     folder = Path(run_folder)
     os.environ["BARLOW_ATTEMPT"] = attempt(os.environ)
+    if within := read_json(folder / "config.json").get("watch", {}).get("start"):
+        os.environ.setdefault("BARLOW_START_WITHIN", str(within))
     watchdog.start(folder, os.environ["BARLOW_ATTEMPT"])
     stop.listen(lambda why: leave(folder, why))
     os.chdir(working_folder)

@@ -69,11 +69,11 @@ def excluded(shown: str) -> set[str]:
     return set((ask("scontrol", "show", "hostnames", names) or names).split()) if names else set()
 
 
-def usable_nodes(shown: str) -> set[str]:
-    """Nodes of the job's partitions that are not down or drained."""
+def nodes(shown: str) -> dict[str, bool]:
+    """Nodes of the job's partitions, and whether each is neither down nor drained."""
     said = ask("sinfo", "--noheader", "--Node", f"--partition={value(shown, 'Partition')}", "--format=%N %t")
     states = dict(line.split() for line in (said or "").splitlines())
-    return {node for node, state in states.items() if state.rstrip("*$~#!%@^-") in ("idle", "alloc", "mix", "comp")}
+    return {node: state.rstrip("*$~#!%@^-") in ("idle", "alloc", "mix", "comp") for node, state in states.items()}
 
 
 def ask(*command: str, patience: float = 0.0) -> str | None:

@@ -78,7 +78,7 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
                 failure["rank"], failure["host"]) if failure else None  # fmt: skip
     if failure and failure["exit_code"] == 2:
         return End("user", failure["error"], failure["rank"], failure["host"])
-    if known and known.kind in ("stuck", "node"):
+    if known and known.kind in ("stuck", "hung", "node"):
         return known
     killed = killed_rank(folder, job)
     if killed and killed[2] in [f"was killed by {each.name}" for each in SIGNALS]:  # before its Python heard signals
@@ -134,11 +134,13 @@ def avoid(folder: Path, shown: str) -> None:
     bad = {event["host"] for event in failed if event.get("kind") == "node"}
     bad |= {host for host in hosts if hosts.count(host) >= TWICE}
     known = scontrol.excluded(shown)
-    if not bad - known:
-        return
-    left = scontrol.usable_nodes(shown) - bad - known
+    nodes = scontrol.nodes(shown)
+    bad &= nodes.keys()  # what a rank says of a node that nobody heard of is no name
+    left = {node for node, usable in nodes.items() if usable} - bad - known
     needed = int(scontrol.value(shown, "NumNodes").split("-")[0] or 1)
     names = ", ".join(sorted(bad - known))
+    if not names:
+        return
     if len(left) < needed:
         print(f"{names} failed, but without it {len(left)} nodes are left of the {needed} needed: it stays", flush=True)
     elif scontrol.exclude(bad - known, shown):

@@ -64,7 +64,8 @@ def record_failure(
 ) -> bool:
     """Leave logs/failure.json if this is the first rank to fail in this attempt: the others' errors follow from it.
 
-    `kind`: crash (it raised), stuck (it no longer moved), node (its node is not fit), killed (by a signal)."""
+    `kind`: crash (it raised), stuck (it no longer moved), hung (nor did any other), node (its node is not fit), killed
+    (by a signal)."""
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()

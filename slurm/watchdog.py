@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from barlow import pulse
-from barlow.files import write_json
+from barlow.files import read_status, write_json
 from slurm import blame
 from slurm.states import record_failure
 
@@ -164,6 +164,7 @@ class Watchdog:
         self.first: dict[int, float] = {}  # the heartbeats that were there then
         self.decided: float | None = None  # when it was first clear who is to blame
         self.stack = ""
+        self.claimed = False  # whether status.json has named this start
 
     def run(self) -> None:
         try:
@@ -186,6 +187,8 @@ class Watchdog:
         worse = late or (self.process != before and self.process in "TtZ")
         if worse or time.monotonic() - self.written >= EVERY * self.crowd:
             self.write()
+            if self.superseded():
+                self.kill()
         self.copy_stacks()
         if late:
             self.suspect()
@@ -202,6 +205,15 @@ class Watchdog:
             (self.folder / "heartbeats").mkdir(exist_ok=True)
             write_json(blame.file(self.folder, self.number), self.heartbeat())
             self.heard = True
+
+    def superseded(self) -> bool:
+        """Whether a later start of the run has begun, for SLURM has lost sight of this node: the job goes on elsewhere."""
+        with contextlib.suppress(OSError, ValueError):
+            begun = read_status(self.folder).get("attempt")
+            if self.claimed and begun != self.attempt:
+                return True
+            self.claimed = begun == self.attempt
+        return False
 
     def suspect(self) -> None:
         """The rank is late: who is to blame, and is it for this watchdog to end something?"""
@@ -237,7 +249,8 @@ class Watchdog:
         with contextlib.suppress(OSError):
             told = f"{stack}{error}\n"
             node = str(ranks.get(guilty, {}).get("node", "unknown"))
-            record_failure(self.folder, self.attempt, guilty, error, told, 1, host=node, kind="stuck")
+            kind = "hung" if blame.nobody_in_particular(guilty, ranks, silent) else "stuck"
+            record_failure(self.folder, self.attempt, guilty, error, told, 1, host=node, kind=kind)
         self.kill()
 
     def kill(self) -> None:

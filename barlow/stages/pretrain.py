@@ -107,6 +107,7 @@ def main(run_folder: str) -> None:
         beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate()) if config.knn.every_epochs else {}
         if config.knn.baselines:
+            beats.beat(plan.steps, "evaluate", plan.start_seconds)
             untrained = build(config, device).backbone
             results |= knn.baselines(untrained, index, config.knn, side, device, config.data.workers)
         if dist.rank() == 0:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from barlow.files import write_status
 from slurm.states import read_failure
 
 RANK = Path(__file__).with_name("fake_rank.py")
@@ -74,6 +75,20 @@ def wait_for(what: Callable[[], Any], seconds: float = 8.0) -> None:
     while not what():
         assert time.monotonic() < end, "did not happen in time"
         time.sleep(0.02)
+
+
+def test_an_earlier_start_ends_when_a_later_one_has_begun(folder: Path, ranks: Start) -> None:
+    """As on a node that SLURM has lost sight of: the job goes on elsewhere, and there is one writer."""
+    write_status(folder, attempt="6.0", state="running")  # of yesterday: this start has not claimed the run yet
+    (rank,) = ranks(beats(1, "step", 60.0))
+    time.sleep(0.8)
+    assert rank.poll() is None
+    write_status(folder, attempt=ATTEMPT)
+    time.sleep(0.8)
+    assert rank.poll() is None
+    write_status(folder, attempt="7.1")
+    assert killed(rank)
+    assert read_failure(folder, ATTEMPT) == {}
 
 
 def killed(rank: subprocess.Popen[str], within: float = 5.0) -> bool:
