@@ -207,7 +207,7 @@ class Watchdog:
             self.heard = True
 
     def superseded(self) -> bool:
-        """Whether a later start of the run has begun, for SLURM has lost sight of this node: the job goes on elsewhere."""
+        """Whether a later start of the run has begun: SLURM has lost sight of this node, the job goes on elsewhere."""
         with contextlib.suppress(OSError, ValueError):
             begun = read_status(self.folder).get("attempt")
             if self.claimed and begun != self.attempt:
