@@ -1,8 +1,9 @@
 # make demo       set up a fresh machine, then pretrain on the embedded `shapes` set and show what was learned
 # make test       set up a fresh machine, then every test, a real four-node SLURM included
 # make check      ruff, mypy and the fast tests
+# make soak       a run on a real four-node SLURM, disturbed in every way: make soak SEED=0 DISTURBANCES=25
 # make cluster-up / cluster-down    a real SLURM of four nodes on this machine, to try things on
-.PHONY: setup demo test check cluster-up cluster-down
+.PHONY: setup demo test check soak cluster-up cluster-down
 python := .venv/bin/python
 
 setup:
@@ -22,6 +23,10 @@ check:
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 	@$(python) -m pytest -q -m "not slow and not slurm"
+
+soak:
+	@./setup.sh test
+	@$(python) -m tests.soak --seed $(or $(SEED),0) --disturbances $(or $(DISTURBANCES),25)
 
 cluster-up:
 	@./setup.sh test

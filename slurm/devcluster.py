@@ -62,6 +62,7 @@ JobRequeue=1
 FirstJobId={first_job}
 MaxJobCount=10000
 KillWait=5
+SlurmdTimeout={lost}
 MessageTimeout=30
 ReturnToService=2
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first_port}-{last_port}] CPUs=16 RealMemory=16000
@@ -70,26 +71,26 @@ PartitionName=urgent Nodes=ALL PriorityTier=2 PreemptMode=OFF MaxTime=INFINITE
 """
 
 
-def up(folder: Path, nodes: int = 4, grace: int = 0) -> None:
-    """Start the cluster and wait until every node is idle. One that is up stays; what is left of a dead one goes."""
+def up(folder: Path, nodes: int = 4, grace: int = 0, lost: int = 300) -> None:
+    """Start the cluster and wait until every node is idle. One that is up stays; what is left of a dead one goes.
+
+    `lost`: seconds of silence, here up to three times as many, after which SLURM gives a node up for lost."""
     folder = folder.absolute()
     if is_up(folder):
         print(f"the cluster in {folder} is up\n{export_line(folder)}")
         return
     refuse_unusable(folder, nodes)
     down(folder, quiet=True)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    environment["SLURM_CONF"] = str(folder / "slurm.conf")
     started = time.monotonic()
     try:
-        sockets = write(folder, nodes, grace)
+        sockets = write(folder, nodes, grace, lost)
         munge = {"key-file": folder / "munge.key", "log-file": folder / "munged.log", "pid-file": folder / "munged.pid"}
         munge |= {"seed-file": folder / "munged.seed", "socket": sockets / "munge.socket"}
         # --force: a group-writable parent folder is a warning then, not the end
-        start(folder, environment, "munged", "--force", *(f"--{key}={path}" for key, path in munge.items()))
-        start(folder, environment, "slurmctld")
+        start(folder, "munged", "--force", *(f"--{key}={path}" for key, path in munge.items()))
+        start(folder, "slurmctld")
         for node in names(nodes):
-            start(folder, environment, "slurmd", "-N", node)
+            start(folder, "slurmd", "-N", node)
         wait_until_idle(folder, nodes)
     except UserError:
         end(folder)  # its logs stay, until the next `up` or `down`
@@ -173,7 +174,7 @@ def refuse_unusable(folder: Path, nodes: int) -> None:
         raise UserError(f"{folder}: slurm.conf cannot hold a path with one of ' #%,=': give another --folder")
 
 
-def write(folder: Path, nodes: int, grace: int) -> Path:
+def write(folder: Path, nodes: int, grace: int, lost: int) -> Path:
     """All files of a new cluster. Returns where its sockets go: the folder itself, unless its path is too long."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # munged wants a socket's folder to be searchable by all, and writable by its owner alone
@@ -203,6 +204,7 @@ def write(folder: Path, nodes: int, grace: int) -> Path:
             first_job=1 + (port - 17000) // 64 * 1000,
             nodes=nodes,
             grace=grace,
+            lost=lost,
         )
     )
     edit_hosts(folder, nodes)
@@ -228,8 +230,10 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin", "/sbin"])
 
 
-def start(folder: Path, environment: dict[str, str], program: str, *arguments: str) -> None:
+def start(folder: Path, program: str, *arguments: str) -> None:
     """Start a daemon that puts itself into the background. What it says until then is in boot.log."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    environment["SLURM_CONF"] = str(folder / "slurm.conf")
     path = shutil.which(program, path=search_path())
     with open(folder / "boot.log", "a") as log:
         command = [str(path), *arguments]
