@@ -22,7 +22,8 @@ from barlow.errors import Preempted, UserError
 from barlow.pulse import Pulse
 
 Step = Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
-PATIENCE = 600.0  # seconds that a run which has only its last save to make waits for room on the disk
+PATIENCE = 300.0  # seconds that a run with only its last save to make waits for room on the disk; less than other
+# ranks wait for it in a collective
 AGAIN = 5.0  # seconds between two tries
 
 
