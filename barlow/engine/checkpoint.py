@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,15 +35,21 @@ class Checkpoints:
         self.every = every
         self.failed: str = ""  # why the newest save did not reach the disk
         self.seconds = 0.0  # from the call of the newest save that did to when it was durable
-        self._snapshot = Snapshot()
-        self._writer: threading.Thread | None = None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")  # started once: starting a thread waits for it
+        self._snapshot = Snapshot(self._writer)
+        self._save: Future[None] | None = None
         self._news: deque[str] = deque()
         self._damaged: set[str] = set()  # stems: they do not count as kept
 
     @property
     def busy(self) -> bool:
         """Whether a save is under way; another would wait for it."""
-        return self._writer is not None and self._writer.is_alive()
+        return self._save is not None and not self._save.done()
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Before the first save, and beside the training: memory for the copies of such a state."""
+        self.wait()
+        self._save = self._writer.submit(self._snapshot.make_room, state)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Copy the state now, write it on a thread; never two writes at once. `take_news` tells how it went."""
@@ -52,8 +58,7 @@ class Checkpoints:
         self.failed = ""
         self._snapshot.take({"step": step, **state})
         stall = time.perf_counter() - began
-        self._writer = threading.Thread(target=self._save, args=(step, began, stall), name="checkpoint")
-        self._writer.start()
+        self._save = self._writer.submit(self._write_and_tell, step, began, stall)
 
     def take_news(self) -> list[str]:
         """Lines for the log since last asked: how long each save took, or why it did not reach the disk."""
@@ -61,9 +66,9 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until the save under way has reached the disk."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        if self._save is not None:
+            self._save.result()
+            self._save = None
 
     def finish(self) -> None:
         """Until the last save has reached the disk; that it could not is an error then, for nothing will try again."""
@@ -88,7 +93,7 @@ class Checkpoints:
         for half in (*self.folder.glob(".step-*"), *self.folder.glob(".latest.json.*")):
             half.unlink()
 
-    def _save(self, step: int, began: float, stall: float) -> None:
+    def _write_and_tell(self, step: int, began: float, stall: float) -> None:
         """On the thread: whatever happens, the loop must hear of it."""
         try:
             size = self._write(step, began)
