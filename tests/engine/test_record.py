@@ -205,7 +205,9 @@ def child(folder: Path) -> None:
 
 def run(folder: Path, stdout: Any) -> subprocess.CompletedProcess[str]:
     command: Sequence[str] = [sys.executable, "-c", SAYS, str(folder)]
-    return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    pipe = subprocess.PIPE
+    return subprocess.run(command, cwd=ROOT, env=buffered, stdout=stdout, stderr=pipe, text=True, timeout=60)
 
 
 def test_stdout_on_a_full_disk_is_given_up(folder: Path) -> None:
