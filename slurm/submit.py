@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +32,9 @@ PATIENCE = 15.0  # seconds for SLURM to answer
 SIGNAL_DELAY = 120  # seconds before the time limit at which ranks are told to save, at most a quarter of it
 DAY = 24 * 60
 MAX_FAILURES = 3
+PATH = 'export PYTHONPATH="$run/code"${PYTHONPATH:+:$PYTHONPATH}'
+# By its plain number the last element of an array means the whole array: scontrol would put all of it back.
+ALONE = "export SLURM_JOB_ID=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 
 
 def launch(module: str, folder: Path, cluster: Cluster) -> int:
@@ -54,8 +57,15 @@ def launch(module: str, folder: Path, cluster: Cluster) -> int:
     job = submit(module, folder, cluster)
     asked = f"{cluster.nodes} {'node' if cluster.nodes == 1 else 'nodes'} of {cluster.partition}"
     print(f"submitted job {job}: run {folder.name}, {asked}, {local.ranks_in_words(cluster.ranks)}")
-    print(f"  log     tail -F {log}\n  state   squeue -j {job}\n  cancel  scancel {job}", flush=True)
+    for what in ("logs -f", "show", "cancel"):
+        verb, _, flag = what.partition(" ")
+        print(f"  python launchers/jobs.py {verb} {folder.name} {flag}".rstrip() + where(folder), flush=True)
     return follow(folder, job, seen) if cluster.follow else 0
+
+
+def where(folder: Path) -> str:
+    """The flag by which jobs.py finds the run, if it needs one."""
+    return "" if folder.parent == Path("runs").absolute() else f" --runs-dir {folder.parent}"
 
 
 def check(cluster: Cluster, folder: Path | None = None) -> int:
@@ -146,7 +156,7 @@ def refuse_second(folder: Path) -> None:
     """A run that waits or runs in SLURM is not submitted again."""
     job = str(read_status(folder).get("job") or "")
     state = job_state(job) if job else None
-    if state and state.alive and state.run == folder.name:
+    if state and state.alive and (state.run == folder.name or "_" in job):  # an array has one name for all
         raise UserError(f"run {folder.name} is job {job} already ({state}): scancel {job}, or choose another --run")
 
 
@@ -154,34 +164,39 @@ class Executor(submitit.SlurmExecutor):
     """submitit's, which also notes the job in status.json while its ranks still wait for their pickle, so that it never
     overwrites what a rank has written."""
 
-    run_folder: Path
+    runs: Sequence[Path]
+    array = False
 
     def _submit_command(self, command: str) -> submitit.Job[None]:
-        write_status(self.run_folder, state="pending", why="", job="")
+        for run in self.runs:
+            write_status(run, state="pending", why="", job="")
         job: submitit.Job[None] = super()._submit_command(command)
-        write_status(self.run_folder, job=job.job_id)
-        history.note(self.run_folder, "submitted", job=job.job_id)
+        for number, run in enumerate(self.runs):
+            name = f"{job.job_id}_{number}" if self.array else job.job_id
+            write_status(run, job=name)
+            history.note(run, "submitted", job=name)
         return job
 
 
 def executor(folder: Path, cluster: Cluster) -> Executor:
-    """All that is asked of SLURM."""
-    made = Executor(folder / "logs" / "submitit")
-    made.run_folder = folder
-    code = folder / "code"
+    """All that is asked of SLURM. `folder` may be LINKS/%a: a link to a run for each element of an array."""
+    array = folder.name == "%a"
+    made = Executor(folder.parent / "submitit" if array else folder / "logs" / "submitit")
+    made.array, made.runs = array, [] if array else [folder]
     options: dict[str, object] = {"requeue": True}
+    options |= {"output": folder / "logs" / "submitit" / "%A_%a_0_log.out"} if array else {}
     options |= {"mem": cluster.mem} if cluster.mem else {}
     for option in cluster.sbatch:
         key, equals, value = option.lstrip("-").partition("=")
         options[key] = value if equals else True
     srun = ["--kill-on-bad-exit=1", "--wait=0", "--distribution=block", "--open-mode=append"]
-    srun += [f"--output={folder / 'logs' / 'rank_%t.log'}", f"--chdir={code}"]
+    srun += [f"--output={folder / 'logs' / 'rank_%t.log'}"]
     if cluster.cpus_per_rank:
         srun.append(f"--cpus-per-task={cluster.cpus_per_rank}")  # since SLURM 22.05 srun does not take it from sbatch
-    path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
     begins = f"echo {BEGINS} ${{SLURM_RESTART_COUNT:-0}}"
-    settle = shlex.join([sys.executable, "-m", "slurm.settle", str(folder)])
-    settle += f" $code --max-failures {cluster.max_failures or MAX_FAILURES}"
+    run = f"run={shlex.quote(str(folder.parent))}/" + ("$SLURM_ARRAY_TASK_ID" if array else shlex.quote(folder.name))
+    settle = f'cd "$run/code" && exec {shlex.quote(sys.executable)} -m slurm.settle "$run" $code'
+    settle += f" --max-failures {cluster.max_failures or MAX_FAILURES}"
     made.update_parameters(
         job_name=folder.name,
         partition=cluster.partition,
@@ -204,8 +219,8 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
         srun_args=srun,
         # srun starts ranks in the snapshot, so Python looks there first; PYTHONPATH leads their own children there.
         # The trap: at its time limit the script gets SIGTERM too, and has its last line still to run.
-        setup=["trap : TERM", begins, *cluster.setup, *notice(cluster), path],
-        teardown=["code=$?", f"cd {shlex.quote(str(code))} && exec {settle}", "exit $code"],
+        setup=["trap : TERM", begins, *cluster.setup, *notice(cluster), run, 'cd "$run/code"', PATH],
+        teardown=["code=$?", *([ALONE] if array else []), settle, "exit $code"],
     )
     return made
 
@@ -250,12 +265,18 @@ def plan(module: str, folder: Path, cluster: Cluster) -> str:
 def submit(module: str, folder: Path, cluster: Cluster) -> str:
     """Hand the job to SLURM; returns its id."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    with refusals(cluster):
+        return str(executor(folder, cluster).submit(Job(module, str(folder), os.getcwd())).job_id)
+
+
+@contextlib.contextmanager
+def refusals(cluster: Cluster) -> Iterator[None]:
+    """What SLURM does not accept becomes one line."""
     try:
         with outside_any_job():
-            job = executor(folder, cluster).submit(Job(module, str(folder), os.getcwd()))
+            yield
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
         raise UserError(f"SLURM refuses the job: {one_line(str(error))} (asked for: {asked_for(cluster)})") from None
-    return str(job.job_id)
 
 
 def run_sbatch(options: list[str], text: str) -> str:
