@@ -1,12 +1,13 @@
-"""python launchers/jobs.py [list|show|logs|cancel|resume] [RUN] [--runs-dir runs]: what runs there are, and their end.
+"""python launchers/jobs.py [list|table|show|logs|cancel|resume] [RUN] [--runs-dir runs]: runs, and what became of them.
 
   list [RUN ...] [--json]                  how each stands, the newest first
+  table SWEEP|RUN ... [--json]             where they differ and what they came to, the best first
   show RUN [--json]                        all that is known of one
   logs RUN [-f] [--rank R] [--lines N]     the end of a rank's log; -f: and what follows, until the run has ended
   cancel RUN ... [--yes]                   end it for good, also while it waits
   resume RUN [--nodes N]                   start it again from its folder, on the cluster and with the code it had
 
-Patterns do for `list` and `cancel`: 'sweep-*'."""
+Patterns do for `list`, `table` and `cancel`: 'sweep-*'."""
 
 import argparse
 import difflib
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from barlow.errors import UserError, one_line_errors
-from slurm import facts, logs, runs, table
+from slurm import facts, logs, results, runs, table
 from slurm.cancel import cancel
 from slurm.resume import resume
 
-COMMANDS = ("list", "show", "logs", "cancel", "resume")
+COMMANDS = ("list", "table", "show", "logs", "cancel", "resume")
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,11 +44,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="")
     flags = {}
     for name in COMMANDS:
-        several = {"list": "*", "cancel": "+"}.get(name)
+        several = {"list": "*", "table": "+", "cancel": "+"}.get(name)
         flags[name] = add = commands.add_parser(name, allow_abbrev=False, prog=f"launchers/jobs.py {name}").add_argument
         add("run", nargs=several, metavar="RUN")
         add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs are (default: runs)")
-    for name in ("list", "show"):
+    for name in ("list", "table", "show"):
         flags[name]("--json", action="store_true", help="plain values; times in seconds")
     flags["logs"]("-f", "--follow", action="store_true", help="stay until the run has ended; Ctrl-C leaves it alone")
     flags["logs"]("--rank", type=int, default=0, metavar="R", help="whose log (default: 0)")
@@ -65,7 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     given = parse(argv)
     words = given.run if isinstance(given.run, list) else [given.run]
-    found, silence = runs.look(runs.find(given.runs_dir, words))
+    find = results.find if given.command == "table" else runs.find
+    found, silence = runs.look(find(given.runs_dir, words))
     if silence:
         print(f"note: {silence}: a state with ? is the last one known", file=sys.stderr)
     if given.command == "cancel":
@@ -73,6 +75,10 @@ def main(argv: list[str]) -> int:
     if given.command == "list":
         rows = [facts.row(run) for run in found]
         print(json.dumps(rows, indent=1) if given.json else table.listing(rows))
+        return 0
+    if given.command == "table":
+        rows = results.rows(found)
+        print(json.dumps(rows, indent=1) if given.json else results.text(rows))
         return 0
     if len(found) > 1:
         raise UserError(f"{given.command} takes one run, and {given.run!r} means {len(found)}: give a whole name")

@@ -206,7 +206,7 @@ def test_logs(tmp_path: Path, make_run: MakeRun) -> None:
     ("words", "said"),
     [
         (["lst"], "no command 'lst': did you mean list?"),
-        (["x"], "no command 'x': give one of list, show, logs, cancel, resume"),
+        (["x"], "no command 'x': give one of list, table, show, logs, cancel, resume"),
         (["show"], "the following arguments are required: RUN (see --help)"),
         (["show", "rn-1"], "no run 'rn-1' in {runs}: did you mean run-1?"),
         (["show", "run-*"], "show takes one run, and 'run-*' means 2: give a whole name"),
