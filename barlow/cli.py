@@ -120,8 +120,7 @@ def _values(text: str, kinds: Mapping[str, Any]) -> tuple[str, list[Any]]:
         try:
             value = _tyro(kinds[knob], tyro.MISSING, parts, "", "")
         except UserError as error:
-            told = str(error).removesuffix(" ( --help lists all)")
-            raise UserError(f"--sweep {text}: {word.strip()!r} is no value of {knob}: {told}") from None
+            raise UserError(f"--sweep {text}: {word.strip()!r} is no value of {knob}: {error}") from None
         if value in values:
             raise UserError(f"--sweep {text}: {word.strip()} is there twice")
         values.append(value)
@@ -176,7 +175,7 @@ def _one_line(box: str, prog: str) -> str:
         message += f": did you mean {meant.group(1)}?"
     elif message.startswith("unknown flag") and not message.startswith("unknown flag --"):
         message = message.replace("unknown flag", "unknown word") + ": flags begin with --, a recipe's name comes first"
-    return f"{message} ({prog} --help lists all)"
+    return f"{message} ({prog} --help lists all)" if prog else message
 
 
 def _meant(word: str, known: Mapping[str, Any]) -> str:

@@ -73,7 +73,7 @@ def test_a_sweep_is_every_combination_named_by_its_values() -> None:
     found = sweep("--run", "tune", "--epochs", "3", "--sweep", "seed=0,1", "--sweep", "optim.lr-biases=0.10,1e-7,2.0")
     values = [(config.seed, config.optim.lr_biases) for config in found.values()]
     assert values == [(seed, lr) for seed in (0, 1) for lr in (0.1, 1e-7, 2.0)]
-    assert list(found)[1::3] == ["tune,optim.lr_biases=1e-07,seed=0", "tune,optim.lr_biases=2,seed=1"]
+    assert list(found)[1::4] == ["tune,optim.lr_biases=1e-07,seed=0", "tune,optim.lr_biases=2,seed=1"]
     base = parse("--epochs", "3")[1]
     assert found["tune,optim.lr_biases=0.1,seed=1"] == replace(
         base, run="tune,optim.lr_biases=0.1,seed=1", seed=1, optim=replace(base.optim, lr_biases=0.1)
