@@ -21,7 +21,8 @@ from slurm.sweep import Runs
 
 MakeRun = Callable[..., Path]
 SLURM = Cluster(cluster="slurm")
-pytestmark = pytest.mark.slurm
+LOCAL = Cluster(cluster="local")
+needs_slurm = pytest.mark.slurm
 
 
 def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
@@ -44,13 +45,16 @@ def finished(folder: Path) -> bool:
     return read_status(folder)["state"] == "finished"
 
 
+@needs_slurm
 def test_elements_are_runs_of_their_own(
     real_slurm: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The last element is the one that is killed: its own job number is that of the whole array."""
     going = make_run("tune,seed=0", stoppable=True)
     short = make_run("tune,seed=1", finishes=True)
-    killed = make_run("tune,seed=2", fault="kill", rank=1, once=True, finishes=True)
+    killed = make_run(
+        "tune,seed=2", fault="kill", rank=1, once=True, finishes=True, sleep=[3, 0]
+    )  # when rank 0 runs too
     sweep = Runs("tune", [going, short, killed])
     two = Cluster(cluster="slurm", nodes=2)
     assert (sweep.check(two), sweep.left(two), sweep.launch("fake_stage", two)) == (2, sweep, 0)
@@ -90,6 +94,7 @@ def test_elements_are_runs_of_their_own(
     assert not job_state(job).alive
 
 
+@needs_slurm
 def test_what_an_array_cannot_have(real_slurm: Path, tmp_path: Path) -> None:
     many = Runs("many", [tmp_path / f"many,seed={seed}" for seed in range(1002)])
     with pytest.raises(UserError, match="the sweep has 1002 runs: SLURM here takes 1001 in one array"):
@@ -99,6 +104,7 @@ def test_what_an_array_cannot_have(real_slurm: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_slurm
 def test_a_dry_run_prints_what_sbatch_accepts(
     real_slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,3 +117,19 @@ def test_a_dry_run_prints_what_sbatch_accepts(
     accepted = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
     assert accepted.returncode == 0, accepted.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_here_a_run_that_fails_leaves_the_others_be_but_an_error_of_the_user_s_ends_all(
+    make_run: MakeRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing = make_run("a,seed=0", fault="raise", rank=0)
+    fine = make_run("a,seed=1", finishes=True)
+    wrong = make_run("a,seed=2", fault="user", rank=0)
+    never = make_run("a,seed=3", finishes=True)
+    assert Runs("a", [failing, fine]).launch("fake_stage", LOCAL) == 1
+    assert [read_status(folder)["state"] for folder in (failing, fine)] == ["failed", "finished"]
+    assert Runs("a", [fine, wrong, never]).launch("fake_stage", LOCAL) == 2
+    told = capfd.readouterr()
+    assert told.out.count("run a,seed=1 has finished") == 1
+    assert told.err.endswith("error: shards of data/x are cut short: write them again\n")
+    assert not (never / "alive_0").exists()
