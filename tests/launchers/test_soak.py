@@ -25,11 +25,11 @@ def test_a_run_disturbed_five_times_ends_bit_identical() -> None:
         "-m",
         "tests.soak",
         "--seed",
-        "1",
+        "271",
         "--disturbances",
         "5",
         "--steps",
-        "240",
+        "180",
         "--only",
         *KINDS,
     ]

@@ -29,7 +29,7 @@ from pathlib import Path
 from barlow.errors import UserError
 from slurm import devcluster, devfaults
 from slurm.devfaults import until
-from tests.soak.kinds import KINDS
+from tests.soak.kinds import END, KINDS
 from tests.soak.run import PATIENCE, RANKS, ROOT, WAITING, Broken, Run, last_step, send
 from tests.soak.verdict import RESULTS, Hit, record, row, show, verdict
 
@@ -119,13 +119,14 @@ def soak(folder: Path, given: argparse.Namespace, kinds: list[str], chance: rand
     whole = undisturbed.watch.steps[-1][0]
     print(f"undisturbed: {steps} steps in {whole:.0f} s, the first after {first:.0f} s", flush=True)
 
+    planned = list(plan(given, kinds, steps, chance))
     run = give(folder, "soak", steps, chance)
     hits: list[Hit] = []
     broken = ""
     try:
-        for hit in plan(given, kinds, steps, chance):
+        for hit in planned:
             hits.append(hit)
-            strike(run, hit, steps, first)
+            strike(run, hit, first)
         run.wait_for_end()
     except (Broken, UserError) as error:
         broken = str(error)
@@ -168,7 +169,7 @@ def give(folder: Path, name: str, steps: int, chance: random.Random) -> Run:
     words += ["--data.dir", str(folder / "data" / "shards"), "--knn.every-epochs", str(evaluation(steps) // EPOCH)]
     # A rank that stops before its stage reads --watch.start has half an hour else.
     words += ["--setup", "export BARLOW_START_WITHIN=60"]
-    return Run(words, folder / "cluster", folder / "runs" / name, chance)
+    return Run(words, folder / "cluster", folder / "runs" / name, steps, chance)
 
 
 def evaluation(steps: int) -> int:
@@ -197,21 +198,23 @@ def plan(given: argparse.Namespace, kinds: list[str], steps: int, chance: random
             due = (due // evaluation(steps) + 1) * evaluation(steps) - 1  # the last one recorded before it
         yield Hit(number, deck.pop(), aim, due)
     if not given.only:
-        yield Hit(given.disturbances + 1, "kill-all", "end", steps)
+        yield Hit(given.disturbances + 1, "kill-at-end", "end", steps - 10)
 
 
-def strike(run: Run, hit: Hit, steps: int, startup: float) -> None:
+def strike(run: Run, hit: Hit, startup: float) -> None:
     """Wait for the moment, disturb, and wait until that has ended this start of the job, if it must."""
     wait_for(run, hit, startup)
     hit.restarts, hit.step, hit.at = run.look().restarts, last_step(run.folder), time.monotonic() - run.watch.began
     if hit.aim != "end":
-        hit.aim = "start" if not run.trains() else "evaluate" if (hit.step + 1) % evaluation(steps) == 0 else hit.aim
-    hit.ends = KINDS[hit.kind].ends
-    if hit.aim == "end" or (hit.kind == "disk-full" and hit.aim == "start"):
-        hit.ends = None  # it may come too late; nor can a run start where nothing can be written
+        hit.aim = (
+            "start" if not run.trains() else "evaluate" if (hit.step + 1) % evaluation(run.steps) == 0 else hit.aim
+        )
+    kind = KINDS.get(hit.kind, END)
+    # A run cannot start where nothing can be written.
+    hit.ends = None if hit.kind == "disk-full" and hit.aim == "start" else kind.ends
     told = f"{hit.at:5.0f} s  {hit.number:2}  {hit.kind:17}  {hit.aim:8}  step {hit.step:4} of start {hit.restarts:2}"
     print(told, end="  ", flush=True)
-    hit.target = "too late" if run.finished() else KINDS[hit.kind].strike(run)
+    hit.target = kind.strike(run)
     print(hit.target, flush=True)
     if hit.ends and not until(lambda: run.look().restarts > hit.restarts, PATIENCE):
         hit.fault = f"has not ended start {hit.restarts} within {PATIENCE:.0f} s"

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from slurm import devcluster, devfaults
 from slurm.devfaults import until
-from tests.soak.run import RANKS, Run, send
+from tests.soak.run import RANKS, Run, last_step, send
 
 
 @dataclass(frozen=True)
 class Kind:
     strike: Callable[[Run], str]
-    ends: bool
+    ends: bool | None  # None: it may
 
 
 def to_one(number: signal.Signals) -> Callable[[Run], str]:
@@ -36,6 +36,33 @@ def kill_all(run: Run) -> str:
     for rank in run.ranks().values():
         send(rank.process, signal.SIGKILL)
     return "all ranks"
+
+
+def kill_at_end(run: Run) -> str:
+    """When only the last save and evaluation are left to be done, if it comes in time."""
+    ranks = run.ranks()
+    run.wait_until(lambda: last_step(run.folder) >= run.steps, every=0.001)
+    time.sleep(run.random.uniform(0, 0.2))
+    for rank in ranks.values():
+        send(rank.process, signal.SIGKILL)
+    return "all ranks"
+
+
+def freeze_rank(run: Run) -> str:
+    """With its watchdog, as on a node that hangs: the others must find out."""
+    name, rank = run.any_rank()
+    for process in filter(None, (rank.watchdog, rank.process)):
+        send(process, signal.SIGSTOP)
+    return name
+
+
+def kill_srun(run: Run) -> str:
+    """The ranks live on, and nobody waits for them."""
+    run.ranks()
+    victims = [pid for pid in devfaults.of_job(run.job) if devfaults.name_of(pid) == "srun"]
+    for pid in victims:
+        send(pid, signal.SIGKILL)
+    return "srun"
 
 
 def pause_rank(run: Run) -> str:
@@ -188,8 +215,10 @@ KINDS = {
     "kill-rank": Kind(to_one(signal.SIGKILL), ends=True),
     "kill-all": Kind(kill_all, ends=True),
     "stop-rank": Kind(to_one(signal.SIGSTOP), ends=True),  # until the watchdog finds it
+    "freeze-rank": Kind(freeze_rank, ends=True),
     "pause-rank": Kind(pause_rank, ends=False),
     "kill-watchdog": Kind(kill_watchdog, ends=False),
+    "kill-srun": Kind(kill_srun, ends=True),
     "preempt": Kind(preempt(0), ends=True),
     "preempt-grace": Kind(preempt(15), ends=True),
     "requeue": Kind(requeue, ends=True),
@@ -204,3 +233,4 @@ KINDS = {
     "disk-full": Kind(disk_full, ends=False),
     "damage": Kind(damage, ends=True),
 }
+END = Kind(kill_at_end, ends=None)

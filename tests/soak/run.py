@@ -24,7 +24,7 @@ from slurm.devfaults import Job, Rank, until
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 4
 PATIENCE = 240.0  # seconds for SLURM and the run to do what is expected of them
-WAITING, DEAD = ("PENDING", "REQUEUED"), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "")
+WAITING, OVER = ("PENDING", "REQUEUED"), ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY")
 
 
 class Broken(Exception):  # noqa: N818  (a state, like Preempted)
@@ -86,14 +86,14 @@ def newest_good(folder: Path) -> int:
 class Run:
     """The run that is disturbed, and the cluster that it runs on."""
 
-    def __init__(self, words: list[str], cluster: Path, folder: Path, chance: random.Random) -> None:
+    def __init__(self, words: list[str], cluster: Path, folder: Path, steps: int, chance: random.Random) -> None:
         """Give the command, once."""
         done = subprocess.run(
             [sys.executable, "launchers/pretrain.py", *words], cwd=ROOT, capture_output=True, text=True
         )
         if done.returncode:
             raise Broken(f"the command failed: {done.stdout}{done.stderr}")
-        self.cluster, self.folder, self.random = cluster, folder, chance
+        self.cluster, self.folder, self.steps, self.random = cluster, folder, steps, chance
         self.job = str(read_status(folder)["job"])
         self.watch = Watch(cluster, folder, self.job)
         self.watch.start()
@@ -104,7 +104,8 @@ class Run:
         deadline = time.monotonic() + 60
         while not (job := devfaults.look(self.cluster, self.job)).state and time.monotonic() < deadline:
             time.sleep(0.5)
-        if (job.state in DEAD and not self.finished()) or "held" in job.reason.lower() or "hold" in job.reason.lower():
+        held = "held" in job.reason.lower() or "Hold" in job.reason
+        if held or (job.state in (*OVER, "") and not self.finished()):
             raise Broken(f"job {self.job} is {job.state or 'gone'} ({job.reason}), at step {last_step(self.folder)}")
         return job
 
@@ -136,7 +137,7 @@ class Run:
         while not true() and (now := time.monotonic()) - began < most:
             if self.finished():
                 raise Broken("the run has finished before all had hit it: give more --steps")
-            if self.watch.job.state in DEAD or now - max(began, self.watch.began + self.watch.steps[-1][0]) > PATIENCE:
+            if self.watch.job.state in OVER or now - max(began, self.watch.began + self.watch.steps[-1][0]) > PATIENCE:
                 raise Broken(f"no new step for {PATIENCE:.0f} s; job {self.job} is {self.look().state}")
             time.sleep(every)
 

@@ -132,9 +132,8 @@ def history_agrees(run: Run, restarts: int) -> tuple[bool, str]:
 
 def nobody_helped(run: Run, hits: list[Hit], wanted: int) -> tuple[bool, str]:
     commands = sum(event["event"] == "submitted" for event in history.read(run.folder))
-    hit = sum(hit.target != "too late" for hit in hits)
-    well = run.finished() and commands == 1 and hit >= wanted
-    return well, f"finished: {run.finished()}, with {commands} command and {hit} disturbances"
+    well = run.finished() and commands == 1 and len(hits) >= wanted
+    return well, f"finished: {run.finished()}, after {commands} command and {len(hits)} disturbances"
 
 
 def nothing_left(run: Run) -> tuple[bool, str]:
