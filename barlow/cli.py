@@ -23,7 +23,7 @@ Cluster = TypeVar("Cluster")
 @dataclass(frozen=True)
 class Sweep:
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """KNOB=VALUE,VALUE,...: a run for each value of a knob above, such as optim.lr=0.1,0.2; for each combination of
+    """KNOB=VALUE,VALUE,...: a run for each value of a knob, as in optim.lr=0.1,0.2; for each combination of
     values where given several times. Parts of a value stand apart: 'model.projector=256 256,512 512'."""
     at_once: int | None = None
     """As many runs of a sweep as SLURM may have running at a time; default: all."""

@@ -122,11 +122,14 @@ def hand_in(module: str, runs: Runs, cluster: Cluster) -> str:
     """The array to SLURM; returns its id."""
     links = links_of(runs)
     made = array(runs, links, cluster)
-    made.folder.mkdir(parents=True)
-    for number, folder in enumerate(runs.folders):
-        (folder / "logs" / "submitit").mkdir(parents=True, exist_ok=True)
-        (links / str(number)).symlink_to(Path("../../..", folder.name))
-        DelayedSubmission(Job(module, str(folder), os.getcwd())).dump(made.folder / f"{number}.pkl")
+    try:
+        made.folder.mkdir(parents=True)
+        for number, folder in enumerate(runs.folders):
+            (folder / "logs" / "submitit").mkdir(parents=True, exist_ok=True)
+            (links / str(number)).symlink_to(Path("../../..", folder.name))
+            DelayedSubmission(Job(module, str(folder), os.getcwd())).dump(made.folder / f"{number}.pkl")
+    except OSError as error:
+        raise UserError(f"cannot write the sweep's folder {links}: {error.strerror}") from None
     with submit.refusals(cluster):
         job = str(made._submit_command(made._submitit_command_str).job_id)
         for number in range(len(runs.folders)):  # ranks wait for it
