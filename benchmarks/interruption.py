@@ -24,6 +24,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "interruption.csv"
@@ -94,8 +95,8 @@ def interrupt(name: str, runs: Path, rounds: int) -> dict[str, object]:
     }
 
 
-def read(path: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads(path.read_text())
+def read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 

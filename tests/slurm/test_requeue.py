@@ -98,7 +98,7 @@ def test_told_before_its_stage_heeds_it_comes_back(real_slurm: Path, make_run: M
 
 
 def test_a_killed_rank_sends_the_job_back_though_nobody_follows(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
-    killed = make_run("killed-once", fault="kill", rank=1, once=True, finishes=True)
+    killed = make_run("killed-once", fault="kill", rank=1, once=True, finishes=True, sleep=[1, 0])
     silent = make_run("silent", fault="silent", rank=1)
     assert run(killed, nodes=2)[0] == 0
     assert run(silent, nodes=2, max_failures=2)[0] == 0
