@@ -40,6 +40,7 @@ class Checkpoints:
         self._save: Future[None] | None = None
         self._news: deque[str] = deque()
         self._damaged: set[str] = set()  # stems: they do not count as kept
+        self._found: tuple[Path | None, list[str]] | None = None  # by `tidy`
 
     @property
     def busy(self) -> bool:
@@ -78,6 +79,9 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that verifies, and a line for each newer one that does not."""
+        found, self._found = self._found, None
+        if found is not None:
+            return found
         skipped: list[str] = []
         for stem in _stems(self.folder):
             path = self.folder / f"{stem}.pt"
@@ -89,9 +93,19 @@ class Checkpoints:
         return None, skipped
 
     def tidy(self) -> None:
-        """Remove what a killed process has left half written. For the one writer, before it begins."""
+        """Finish what a killed process has begun: remove what is half written, or old. For the one writer, before it
+        begins: a run that was killed in its very last save makes no other."""
         for half in (*self.folder.glob(".step-*"), *self.folder.glob(".latest.json.*")):
             half.unlink()
+        path, skipped = self._found = self.newest()
+        if path is None:
+            return
+        with suppress(OSError):  # the same will fail, and be told, when it saves
+            sync_folder(self.folder)
+            if not skipped:  # what looks damaged goes when there is a newer one
+                self._prune(_step(path.stem))
+            told = json.loads(path.with_suffix(".json").read_bytes())
+            write_json(self.folder / "latest.json", {name: told[name] for name in ("file", "step", "bytes", "sha256")})
 
     def _write_and_tell(self, step: int, began: float, stall: float) -> None:
         """On the thread: whatever happens, the loop must hear of it."""
