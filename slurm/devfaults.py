@@ -105,10 +105,16 @@ def process_of(folder: Path, daemon: str) -> int:
     return 0
 
 
+def alive(folder: Path, daemon: str) -> int:
+    """The same of a daemon that must live: signals to process 0 go to whoever asks."""
+    if not (pid := process_of(folder, daemon)):
+        raise UserError(f"{daemon} does not run in {folder}")
+    return pid
+
+
 def end(folder: Path, daemon: str, number: int = signal.SIGKILL) -> None:
     """By this signal, and return when it is gone."""
-    pid = process_of(folder, daemon)
-    os.kill(pid, number)
+    os.kill(alive(folder, daemon), number)
     until(lambda: not process_of(folder, daemon), 30, f"{daemon} lives on")
 
 
@@ -123,6 +129,7 @@ def start(folder: Path, daemon: str) -> None:
             if last:
                 raise
             time.sleep(0.5)
+    until(lambda: bool(process_of(folder, daemon)), 30, f"{daemon} does not run")
     if daemon == "slurmctld":
         until(lambda: bool(devcluster.node_states(folder)), 60, "slurmctld does not answer")
 
@@ -137,7 +144,7 @@ def wait_until_saved(folder: Path) -> None:
 
 def lose_node(folder: Path, node: str) -> None:
     """As when its power fails: its slurmd and all that jobs run there are gone at once."""
-    os.kill(process_of(folder, node), signal.SIGKILL)
+    os.kill(alive(folder, node), signal.SIGKILL)
     while victims := on_node(folder, node):
         for pid in victims:
             with contextlib.suppress(ProcessLookupError):
