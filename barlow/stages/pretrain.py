@@ -99,6 +99,8 @@ def main(run_folder: str) -> None:
     positions = order.positions(
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
+    if holding:
+        checkpoints.prepare(state())
     try:
         fit(
             step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, request,
