@@ -36,7 +36,7 @@ def run(folder: Path) -> None:
     model = torch.nn.Linear(3, 1000)  # more than a buffer: a checkpoint takes several writes
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     holding = hold(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)  # the one there is must not go too early
     checkpoints.tidy()
     path, told = checkpoints.newest()
     start = 0

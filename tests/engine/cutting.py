@@ -188,7 +188,7 @@ def final(folder: Path) -> dict[str, Any]:
     if [row["step"] for row in rows(folder)] != STEPS or not (folder / "metrics.jsonl").read_bytes().endswith(b"\n"):
         faults.append(f"metrics.jsonl has steps {[row['step'] for row in rows(folder)]}")
     names = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    kept = [f"step-{step:09d}.{kind}" for step in STEPS[3::2] for kind in ("json", "pt")]
+    kept = [f"step-{step:09d}.{kind}" for step in STEPS[-1:] for kind in ("json", "pt")]
     if names != ["latest.json", *kept]:
         faults.append(f"checkpoints/ holds {names}")
     if read_json(folder / "checkpoints" / "latest.json").get("step") != STEPS[-1]:
