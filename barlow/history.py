@@ -32,6 +32,12 @@ def note(folder: Path, event: str, **facts: Any) -> None:
         os.close(handle)
 
 
+def later(start: str, than: str) -> bool:
+    """Whether a start, as JOB.RESTARTS names it, is of the same job as another one, and came after it."""
+    (job, _, number), (other, _, before) = start.rpartition("."), than.rpartition(".")
+    return job == other != "" and number.isdigit() and before.isdigit() and int(number) > int(before)
+
+
 def read(folder: Path) -> list[dict[str, Any]]:
     """All events; a line that a full disk has cut short is left out."""
     events = []

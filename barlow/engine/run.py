@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_origin, get_type_hints
 
+from barlow import history
 from barlow.errors import UserError
 from barlow.files import read_json, read_status, write_json, write_status
 
@@ -121,10 +124,23 @@ def snapshot(root: Path, code: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def hold(folder: Path, patience: float = 0.0) -> IO[str]:
-    """Be the one writer of a run, until the file that this returns is closed or the process ends, however it ends.
+def claim(folder: Path) -> IO[str]:
+    """Be the one writer of a run, until this process ends; a second one is refused while the first lives.
 
-    `patience`: seconds for an earlier start of the same job to end, as on a node that SLURM has lost sight of."""
+    Only a later start of the same job takes the place of an earlier one, which lives on where SLURM has lost sight of a
+    node: that one's watchdogs end it when they see in status.json whose turn it is."""
+    mine = os.environ.get("BARLOW_ATTEMPT", "")
+    follows = history.later(mine, than=str(read_status(folder).get("attempt", "")))
+    lock = None if follows else hold(folder)
+    with suppress(OSError):
+        write_status(folder, attempt=mine)
+    return lock or hold(folder, patience=200.0)  # more than the 90 s for which NFS keeps the lock of a dead node
+
+
+def hold(folder: Path, patience: float = 0.0) -> IO[str]:
+    """The lock of a run's one writer, until the file that this returns is closed or the process ends, however it ends.
+
+    `patience`: seconds for another process to let go of it."""
     lock = open(folder / ".writer.lock", "w")  # noqa: SIM115  (kept by the caller)
     deadline = time.monotonic() + patience
     while True:

@@ -4,14 +4,13 @@ Takes the config from the run folder, starts from its newest good checkpoint if 
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
 from barlow.engine.preflight import preflight
 from barlow.engine.record import Recorder
-from barlow.engine.run import hold, load_config
+from barlow.engine.run import claim, load_config
 from barlow.errors import Preempted, UserError
 from barlow.files import read_status, write_json, write_status
 from barlow.models import backbone as backbones
@@ -128,14 +127,6 @@ def main(run_folder: str) -> None:
         checkpoints.wait()  # whatever ends the run, a save under way is finished first
         recorder.close()
     dist.shutdown()
-
-
-def claim(folder: Path) -> IO[str]:
-    """Be the one writer of the run. An earlier start of its job may live on where SLURM has lost sight of a node: its
-    watchdogs end it when they see in status.json whose turn it is."""
-    with suppress(OSError):
-        write_status(folder, attempt=os.environ.get("BARLOW_ATTEMPT", ""))
-    return hold(folder, patience=60.0)
 
 
 def prepare(
