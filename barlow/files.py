@@ -36,8 +36,11 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """A run's status.json."""
-    return read_json(folder / "status.json")
+    """A run's status.json; a damaged one is as good as none."""
+    try:
+        return read_json(folder / "status.json")
+    except ValueError:
+        return {}
 
 
 def write_status(folder: Path, unless: Sequence[str] = (), **changes: Any) -> bool:

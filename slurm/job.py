@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from typing import NoReturn
 
 from barlow import stop
 from barlow.errors import BadNode, Preempted, UserError
-from barlow.files import read_json, write_status
+from barlow.files import read_json
 from slurm import watchdog
-from slurm.states import read_failure, record_failure
+from slurm.states import record_failure, tell_others
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which the kernel hands out ports
+STRIDE = 7417  # of ports between two jobs: neighbours, such as an array's, stay apart over many restarts
+HURRY = 5.0  # seconds for a rank that leaves to say so
 PR_SET_PDEATHSIG = 1
 
 
@@ -64,19 +67,21 @@ def run(module: str, run_folder: str, working_folder: str) -> None:
         if ending.code:
             fail(folder, f"SystemExit: {ending.code}", trace(ending), 1)
     except BaseException as error:
+        if stop.told():  # and so were its peers: that one of them is gone is no failure
+            leave(folder, f"{stop.told()}; then {type(error).__name__}")
         fail(folder, f"{type(error).__name__}: {error}", trace(error), 1)
 
 
 def leave(folder: Path, why: str) -> NoReturn:
     """Told to stop where there is nothing to save, or no way to: this rank leaves, and its launcher ends the others.
 
-    A failure that is known already, which this may follow from, stays the reason."""
-    with contextlib.suppress(OSError):
-        if not launched_here():
-            this = attempt(os.environ)
-            if not read_failure(folder, this):
-                write_status(folder, state="preempted", attempt=this, why=why)
-    print(f"stopped: {why}", flush=True)
+    Whatever state the disk is in: it says so if it can."""
+    hurry = threading.Timer(HURRY, os._exit, [stop.STOPPED])
+    hurry.daemon = True
+    hurry.start()
+    with contextlib.suppress(Exception):
+        tell_others(folder, attempt(os.environ), why)
+        print(f"stopped: {why}", flush=True)
     exit_now(stop.STOPPED)
 
 
@@ -106,8 +111,9 @@ def fail(folder: Path, error: str, told: str, exit_code: int, host: str = "", ki
 
 
 def exit_now(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # a full disk
+            stream.flush()
     os._exit(code)
 
 
@@ -147,7 +153,7 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
 
 def port(job: int, restarts: int) -> int:
     """Every rank works it out alone; a job that starts again does not meet what is left of its former self."""
-    return FIRST_PORT + (7 * job + restarts) % PORTS
+    return FIRST_PORT + (STRIDE * job + restarts) % PORTS
 
 
 def reachable(host: str, environment: Mapping[str, str]) -> str:

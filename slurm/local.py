@@ -27,7 +27,7 @@ LEAVING = 30.0  # the same after this process was told to end: ranks save first
 AGAIN = 0.5  # seconds within which a second signal is still the first one: `timeout` and terminals send two
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 KILLED = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
-SAVING = 120.0  # seconds ranks may still save after the first of them has stopped as told
+SAVING = 600.0  # seconds ranks may still save after the first of them has stopped as told
 
 
 @dataclass(frozen=True)

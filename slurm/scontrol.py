@@ -9,9 +9,17 @@ import subprocess
 import sys
 import time
 
-PATIENCE = 900.0  # seconds for a slurmctld that is away to come back: without it the job would be lost
+PATIENCE = 4 * 3600.0  # seconds for a slurmctld that is away to come back: without it the job would be lost
 BETWEEN = 2.0
-GONE = ("Invalid job id", "Job/step already completing or completed")
+REFUSED = (  # for good; anything else that it complains of may be over when it is asked again
+    "Invalid job id",
+    "already completing",
+    "Job has already finished",
+    "Access/permission denied",
+    "presently disabled",
+    "not allowed",
+    "Invalid",
+)
 
 
 def there() -> bool:
@@ -90,12 +98,7 @@ def ask(*command: str, patience: float = 0.0) -> str | None:
         except OSError as error:
             print(f"{' '.join(command)}: {error}", file=sys.stderr)
             return None
-        if any(word in said for word in GONE) or time.monotonic() >= deadline or not away(said):
+        if any(word in said for word in REFUSED) or time.monotonic() >= deadline:
             print(f"{' '.join(command)}: {said}", file=sys.stderr)
             return None
         time.sleep(BETWEEN)
-
-
-def away(said: str) -> bool:
-    """Whether the complaint is of a slurmctld that does not answer, rather than of what was asked."""
-    return any(word in said.lower() for word in ("contact", "connect", "timed out", "no answer", "socket", "munge"))

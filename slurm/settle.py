@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from barlow.stop import SIGNALS, STOPPED
 from slurm import scontrol
 from slurm.follow import first_words, killed_rank
 from slurm.job import attempt, job_name
-from slurm.states import read_failure, record_killed
+from slurm.states import read_failure, record_killed, why_told
 
 WAIT = 300.0  # seconds for SLURM to end a preempted job that cannot ask to go back; more than most grace times
 TWICE = 2  # failures of ranks on a node after which the job avoids it
@@ -43,13 +44,16 @@ def settle(folder: Path, code: int, most: int) -> int:
     """Decide, and say so in status.json and history.jsonl; returns the job's exit code."""
     status = read_status(folder)
     state = status.get("state") if status.get("attempt") == attempt(os.environ) else None  # else of an earlier start
-    if state == "finished" or (code == 0 and state != "preempted"):
+    if status.get("state") == "finished" or (code == 0 and state != "preempted"):
         return 0
     shown = scontrol.show_job()
-    end = how_it_ended(folder, state, code)
+    try:
+        end = how_it_ended(folder, state, code)
+    except Exception as error:  # a damaged file, a disk that cannot be read: no reason to lose the job
+        traceback.print_exc(file=sys.stdout)
+        end = End("killed", f"its ranks have left; why, cannot be read ({type(error).__name__}: {error})")
     if shown and not scontrol.running(shown):
-        leave_to_slurm(folder, shown, end)
-        return code or STOPPED
+        return leave_to_slurm(folder, shown, end)
     step = newest_step(folder)
     limited = end.kind == "stopped" and "SIGUSR2" in end.why and not scontrol.preempted(shown)
     if limited and step <= started_at(folder):  # it would go on like this for ever
@@ -60,13 +64,13 @@ def settle(folder: Path, code: int, most: int) -> int:
     else:
         tell(folder, "preempted", "stopped", end.why, step=step)
     if end.kind == "user":
-        return code or 1
+        return 2
     if counts and (times := failures_at(folder, step)) >= most:
         why = f"{times} starts have failed without a checkpoint newer than step {step}; the last: {end.why}"
         why = why if times > 1 else end.why
         tell(folder, "failed", "given up", why, step=step)
         print(why, flush=True)
-        return code or 1
+        return 1
     return put_back(folder, shown, end)
 
 
@@ -80,6 +84,8 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
         return End("user", failure["error"], failure["rank"], failure["host"])
     if known and known.kind in ("stuck", "hung", "node"):
         return known
+    if known and failure["told"]:
+        return End("stopped", failure["told"])
     killed = killed_rank(folder, job)
     if killed and killed[2] in [f"was killed by {each.name}" for each in SIGNALS]:  # before its Python heard signals
         return known or End("stopped", f"{killed[2].split()[-1]} before it began")
@@ -91,23 +97,29 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
     if known:
         return known
     words = first_words(folder, job)
-    if words and not words.endswith(f"exit code {STOPPED}"):  # srun then told its peers to stop, as if it were SLURM
-        return End("killed", words)
     if state == "preempted":
         return End("stopped", str(read_status(folder).get("why", "")))
+    if words and not words.endswith(f"exit code {STOPPED}"):  # srun then told its peers to stop, as if it were SLURM
+        return End("killed", words)
+    if told := why_told(folder, attempt(os.environ)):
+        return End("stopped", told)
     return End("killed", words or f"its ranks ended with exit code {code} before the run")
 
 
-def leave_to_slurm(folder: Path, shown: str, end: End) -> None:
-    """The job ends for good, or SLURM or an operator has put it back already."""
+def leave_to_slurm(folder: Path, shown: str, end: End) -> int:
+    """The job ends for good, or SLURM or an operator has put it back already; but at its time limit it may go back."""
     state = scontrol.value(shown, "JobState")
-    if scontrol.cancelled(shown):
+    late = state == "TIMEOUT" or scontrol.value(shown, "Reason") == "TimeLimit"
+    if late and scontrol.may_requeue(shown) and scontrol.requeue():
+        tell(folder, "pending", "requeued", f"at its time limit; {end.why}", step=newest_step(folder))
+    elif scontrol.cancelled(shown):
         why = f"job {job_name(os.environ)} was cancelled"
         tell(folder, "cancelled", "cancelled", f"{why}: {end.why}" if end.kind == "stopped" else why)
     elif scontrol.value(shown, "Restarts") != os.environ.get("SLURM_RESTART_COUNT", "0") or state == "PENDING":
         tell(folder, "pending", "requeued", f"by SLURM or an operator; {end.why}", step=newest_step(folder))
     else:
         tell(folder, "failed", "failed", f"SLURM ended the job: {state.lower()}; {end.why}", step=newest_step(folder))
+    return 1
 
 
 def put_back(folder: Path, shown: str, end: End) -> int:
@@ -115,10 +127,13 @@ def put_back(folder: Path, shown: str, end: End) -> int:
     if shown and not scontrol.may_requeue(shown):
         tell(folder, "failed", "given up", f"job {job_name(os.environ)} may not be requeued; {end.why}")
         return STOPPED
-    print(f"job {job_name(os.environ)} goes back to the queue: {end.why}", flush=True)
-    if shown and scontrol.requeue():
+    bad = to_avoid(folder, shown)
+    print(f"job {job_name(os.environ)} is to go back to the queue: {end.why}", flush=True)
+    if scontrol.there() and scontrol.requeue():
+        if bad and scontrol.exclude(bad, shown):
+            with contextlib.suppress(OSError):
+                history.note(folder, "excluded", nodes=sorted(bad))
         tell(folder, "pending", "requeued", end.why)
-        avoid(folder, shown)
         return STOPPED
     if "SIGTERM" in end.why and not scontrol.there():
         # A preempted job goes back by itself if SLURM has to end it, but not if it has left before.
@@ -127,32 +142,33 @@ def put_back(folder: Path, shown: str, end: End) -> int:
     return STOPPED
 
 
-def avoid(folder: Path, shown: str) -> None:
-    """Exclude nodes that are not fit, and those on which ranks failed twice, if enough others are left."""
-    failed = [event for event in history.read(folder) if event["event"] == "failed" and event.get("host")]
+def to_avoid(folder: Path, shown: str) -> set[str]:
+    """Nodes that are not fit, and those on which ranks failed twice, if enough others are left."""
+    failed = [event for event in since_submitted(folder) if event["event"] == "failed" and event.get("host")]
     hosts = [event["host"] for event in failed if event.get("kind") in ("stuck", "killed", "crash")]
     bad = {event["host"] for event in failed if event.get("kind") == "node"}
     bad |= {host for host in hosts if hosts.count(host) >= TWICE}
-    known = scontrol.excluded(shown)
-    nodes = scontrol.nodes(shown)
-    bad &= nodes.keys()  # what a rank says of a node that nobody heard of is no name
+    if not bad or not shown:
+        return set()
+    known, nodes = scontrol.excluded(shown), scontrol.nodes(shown)
+    bad = (bad & nodes.keys()) - known  # what a rank says of a node that nobody heard of is no name
     left = {node for node, usable in nodes.items() if usable} - bad - known
     needed = int(scontrol.value(shown, "NumNodes").split("-")[0] or 1)
-    names = ", ".join(sorted(bad - known))
-    if not names:
-        return
-    if len(left) < needed:
+    if bad and len(left) < needed:
+        names = ", ".join(sorted(bad))
         print(f"{names} failed, but without it {len(left)} nodes are left of the {needed} needed: it stays", flush=True)
-    elif scontrol.exclude(bad - known, shown):
-        with contextlib.suppress(OSError):
-            history.note(folder, "excluded", nodes=sorted(bad - known))
+        return set()
+    return bad
+
+
+def since_submitted(folder: Path) -> list[dict[str, Any]]:
+    events = history.read(folder)
+    return events[max((i for i, event in enumerate(events) if event["event"] == "submitted"), default=0) :]
 
 
 def failures_at(folder: Path, step: int) -> int:
     """How often the run has failed without a newer checkpoint, since it was last submitted."""
-    events = history.read(folder)
-    submitted = max((i for i, event in enumerate(events) if event["event"] == "submitted"), default=0)
-    return sum(event["event"] == "failed" and event.get("step") == step for event in events[submitted:])
+    return sum(event["event"] == "failed" and event.get("step") == step for event in since_submitted(folder))
 
 
 def started_at(folder: Path) -> int:
@@ -162,13 +178,16 @@ def started_at(folder: Path) -> int:
 
 
 def newest_step(folder: Path) -> int:
-    return int(read_json(folder / "checkpoints" / "latest.json").get("step", 0))
+    try:
+        return int(read_json(folder / "checkpoints" / "latest.json").get("step", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def tell(folder: Path, state: str, event: str, why: str, **facts: Any) -> None:
     """A full disk must not keep the job from going back."""
     with contextlib.suppress(OSError):
-        write_status(folder, state=state, why=why, settled=attempt(os.environ))
+        write_status(folder, unless=("finished",), state=state, why=why, settled=attempt(os.environ))
     with contextlib.suppress(OSError):
         history.note(folder, event, why=why, **facts)
 

@@ -70,22 +70,36 @@ def record_failure(
     logs.mkdir(parents=True, exist_ok=True)
     host = host or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "kind": kind}
-    failure |= {"traceback": traceback, "exit_code": exit_code}
+    failure |= {"traceback": traceback, "exit_code": exit_code, "told": why_told(folder, attempt)}
     try:
         with open(logs / f"failure-{attempt}.json", "x") as claim:
             json.dump(failure, claim, indent=1)
     except FileExistsError:
         return False
     write_json(logs / "failure.json", failure)
-    write_status(folder, state="failed", why=f"rank {rank} on {host}: {error}")
+    write_status(folder, unless=("finished",), state="failed", why=f"rank {rank} on {host}: {error}")
     return True
+
+
+def tell_others(folder: Path, attempt: str, why: str) -> None:
+    """A rank of this start leaves, for it was told to: what others then fail of follows from that."""
+    with open(folder / "logs" / f"told-{attempt}", "a") as file:
+        file.write(why + "\n")
+
+
+def why_told(folder: Path, attempt: str) -> str:
+    """What the first rank to leave so said; empty if none did."""
+    try:
+        return (folder / "logs" / f"told-{attempt}").read_text().split("\n")[0]
+    except OSError:
+        return ""
 
 
 def record_killed(folder: Path, attempt: str, rank: int, host: str, error: str) -> None:
     """The same for a rank that could not: it was killed, and what others said of it is no cause but a consequence."""
     failure = {"attempt": attempt, "rank": rank, "host": host, "error": error, "kind": "killed"}
     write_json(folder / "logs" / "failure.json", failure | {"traceback": "", "exit_code": 1})
-    write_status(folder, state="failed", why=f"rank {rank} on {host} {error}")
+    write_status(folder, unless=("finished",), state="failed", why=f"rank {rank} on {host} {error}")
 
 
 def read_failure(folder: Path, attempt: str) -> dict[str, Any]:

@@ -73,12 +73,10 @@ def check(cluster: Cluster, folder: Path | None = None) -> int:
 
     With the run's folder also a run that is under way already, whose snapshot must not change."""
     cluster = settled(cluster)
-    if cluster.cluster == "local":
-        if folder is not None:
-            local.refuse_second(folder)
-        return cluster.ranks
     if folder is not None:
         refuse_second(folder)
+    if cluster.cluster == "local":
+        return cluster.ranks
     refused = run_sbatch(["--test-only"], script(folder or Path("run").absolute(), cluster))
     if refused:
         raise UserError(f"SLURM refuses the job: {refused} (asked for: {asked_for(cluster)})")
@@ -153,9 +151,10 @@ def asked_for(cluster: Cluster) -> str:
 
 
 def refuse_second(folder: Path) -> None:
-    """A run that waits or runs in SLURM is not submitted again."""
+    """A run that waits or runs, here or in SLURM, is not started again."""
+    local.refuse_second(folder)
     job = str(read_status(folder).get("job") or "")
-    state = job_state(job) if job else None
+    state = job_state(job) if job and shutil.which("squeue") else None
     if state and state.alive and (state.run == folder.name or "_" in job):  # an array has one name for all
         raise UserError(f"run {folder.name} is job {job} already ({state}): scancel {job}, or choose another --run")
 
@@ -168,8 +167,13 @@ class Executor(submitit.SlurmExecutor):
     array = False
 
     def _submit_command(self, command: str) -> submitit.Job[None]:
-        for run in self.runs:
-            write_status(run, state="pending", why="", job="")
+        with contextlib.ExitStack() as alone:
+            for run in self.runs:  # the same command given twice at once
+                alone.enter_context(local.only_run(run))
+                write_status(run, state="pending", why="", job="")
+            return self._submit_alone(command)
+
+    def _submit_alone(self, command: str) -> submitit.Job[None]:
         job: submitit.Job[None] = super()._submit_command(command)
         for number, run in enumerate(self.runs):
             name = f"{job.job_id}_{number}" if self.array else job.job_id
@@ -219,7 +223,7 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
         srun_args=srun,
         # srun starts ranks in the snapshot, so Python looks there first; PYTHONPATH leads their own children there.
         # The trap: at its time limit the script gets SIGTERM too, and has its last line still to run.
-        setup=["trap : TERM", begins, *cluster.setup, *notice(cluster), run, 'cd "$run/code"', PATH],
+        setup=["trap : TERM USR2", begins, *cluster.setup, *notice(cluster), run, 'cd "$run/code"', PATH],
         teardown=["code=$?", *([ALONE] if array else []), settle, "exit $code"],
     )
     return made

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from barlow import pulse
 from barlow.files import read_status, write_json
+from barlow.history import later
 from slurm import blame
 from slurm.states import record_failure
 
@@ -164,7 +165,6 @@ class Watchdog:
         self.first: dict[int, float] = {}  # the heartbeats that were there then
         self.decided: float | None = None  # when it was first clear who is to blame
         self.stack = ""
-        self.claimed = False  # whether status.json has named this start
 
     def run(self) -> None:
         try:
@@ -210,9 +210,7 @@ class Watchdog:
         """Whether a later start of the run has begun: SLURM has lost sight of this node, the job goes on elsewhere."""
         with contextlib.suppress(OSError, ValueError):
             begun = read_status(self.folder).get("attempt")
-            if self.claimed and begun != self.attempt:
-                return True
-            self.claimed = begun == self.attempt
+            return later(str(begun), than=self.attempt)
         return False
 
     def suspect(self) -> None:

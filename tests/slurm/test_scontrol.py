@@ -56,9 +56,19 @@ def scontrol_script(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_a_slurmctld_that_is_away_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    away = f"test -e {tmp_path}/back && echo here && exit; touch {tmp_path}/back"
-    away += "; echo 'slurm_load_jobs error: Unable to contact slurm controller (connect failure)' >&2; exit 1"
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "slurm_load_jobs error: Unable to contact slurm controller (connect failure)",
+        "slurm_load_jobs error: Zero Bytes were transmitted or received",
+        "slurm_load_jobs error: Slurm backup controller in standby mode",
+        "something that nobody has thought of",
+    ],
+)
+def test_a_slurmctld_that_is_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str
+) -> None:
+    away = f"test -e {tmp_path}/back && echo here && exit; touch {tmp_path}/back; echo '{complaint}' >&2; exit 1"
     scontrol_script(tmp_path, away, monkeypatch)
     monkeypatch.setattr(scontrol, "BETWEEN", 0.01)
     assert ask("scontrol", "show", "job", "7", patience=5) == "here\n"

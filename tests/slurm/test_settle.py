@@ -15,7 +15,7 @@ import pytest
 
 from barlow import history
 from barlow.files import read_status, write_json, write_status
-from slurm.states import record_failure
+from slurm.states import record_failure, tell_others
 
 ROOT = Path(__file__).parents[2]
 RUNNING = "JobId=7 JobName=x Requeue=1 Restarts=0 JobState=RUNNING Reason=None Partition=main NumNodes=2"
@@ -96,8 +96,22 @@ def test_a_killed_rank_sends_the_job_back(folder: Path, settle: Settle) -> None:
     assert read_status(folder)["why"] == "rank 1 on n2 was killed by SIGKILL"
 
 
+def test_a_peer_that_fails_because_one_was_told_is_no_failure(folder: Path, settle: Settle) -> None:
+    """It lost its connection to a rank that had left, and was the first to end."""
+    tell_others(folder, "7.0", "SIGTERM outside training")
+    fail(folder, rank=0, host="n1", error="RuntimeError: Connection closed by peer")
+    assert settle(said="start 0\nsrun: error: n1: task 0: Exited with exit code 1\n")[1] == ["requeue 7"]
+    assert events(folder) == ["stopped", "requeued"]
+
+
+def test_damaged_files_do_not_lose_the_job(folder: Path, settle: Settle) -> None:
+    for name in ("status.json", "logs/failure.json", "checkpoints/latest.json"):
+        (folder / name).write_text('{"state": "runn')
+    assert settle(said=KILLED, code=137)[1] == ["requeue 7"]
+
+
 def test_what_peers_are_told_because_one_failed_is_no_stop(folder: Path, settle: Settle) -> None:
-    write_status(folder, state="preempted", why="SIGTERM outside training")
+    tell_others(folder, "7.0", "SIGTERM outside training")
     said = "start 0\nsrun: error: n2: task 1: Exited with exit code 9\n"
     said += "srun: error: n1: task 0: Exited with exit code 75\n"
     assert settle(said=said)[1] == ["requeue 7"]
@@ -141,13 +155,13 @@ def test_the_count_begins_anew_when_it_is_submitted_again(folder: Path, settle: 
 
 def test_preemptions_are_never_too_many(folder: Path, settle: Settle) -> None:
     for _ in range(5):
-        write_status(folder, state="preempted", why="SIGTERM outside training")
+        tell_others(folder, "7.0", "SIGTERM outside training")
         assert settle(most=1) == (75, ["requeue 7"])
 
 
 def test_a_time_limit_that_always_comes_too_soon_ends_it(folder: Path, settle: Settle) -> None:
-    for code in (75, 75):
-        write_status(folder, state="preempted", why="SIGUSR2 outside training")
+    for code in (75, 1):  # the last of which nothing takes for a wish to go back
+        tell_others(folder, "7.0", "SIGUSR2 outside training")
         assert settle(code=75, most=2)[0] == code
     assert read_status(folder)["why"].startswith("2 starts have failed without a checkpoint newer than step 0")
     assert "the time limit came before a checkpoint" in read_status(folder)["why"]
@@ -157,7 +171,7 @@ def test_a_bad_node_is_avoided_at_once_and_with_those_that_were(folder: Path, se
     fail(folder, host="n3", kind="node", error="node n3: its clock is off")
     shown = RUNNING.replace("ExcNodeList=(null)", "ExcNodeList=n1").replace("NumNodes=2", "NumNodes=1")
     assert settle(shown)[1] == ["requeue 7", "update JobId=7 ExcNodeList=n1,n3"]
-    assert history.read(folder)[-1]["nodes"] == ["n3"]
+    assert [event.get("nodes") for event in history.read(folder)] == [None, ["n3"], None]
 
 
 def test_a_node_that_is_needed_is_not_avoided(folder: Path, settle: Settle) -> None:
@@ -172,13 +186,18 @@ def test_a_node_that_is_needed_is_not_avoided(folder: Path, settle: Settle) -> N
         ("JobState=CANCELLED Reason=None Restarts=0", "cancelled"),
         ("JobState=COMPLETING Reason=None Restarts=1", "pending"),  # put back by an operator
         ("JobState=PENDING Reason=BeginTime Restarts=1", "pending"),
-        ("JobState=COMPLETING Reason=TimeLimit Restarts=0", "failed"),
+        ("JobState=FAILED Reason=NonZeroExitCode Restarts=0", "failed"),
     ],
 )
 def test_what_slurm_decides_is_left_to_it(folder: Path, settle: Settle, shown: str, state: str) -> None:
     write_status(folder, state="preempted", why="SIGTERM; saved at step 9")
-    assert settle(f"JobId=7 Requeue=1 {shown}", code=75) == (75, [])
+    assert settle(f"JobId=7 Requeue=1 {shown}", code=75) == (1, [])  # not 75, which RequeueExit may mean
     assert read_status(folder)["state"] == state
+
+
+def test_a_job_at_its_time_limit_goes_back_though_its_ranks_did_not_leave(folder: Path, settle: Settle) -> None:
+    assert settle("JobId=7 Requeue=1 JobState=COMPLETING Reason=TimeLimit Restarts=0", said=KILLED)[1] == ["requeue 7"]
+    assert read_status(folder)["state"] == "pending"
 
 
 def test_a_full_disk_does_not_keep_it_from_going_back(folder: Path, settle: Settle) -> None:
