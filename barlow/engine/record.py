@@ -115,7 +115,8 @@ class Recorder:
         if self.rank == 0:
             self._metrics.close()
             self._board.close()
-            self._tell()
+            if self._metrics.fault:
+                self.say(f"warning: {self._metrics.fault}; rows since the last checkpoint are lost, to be made again")
             let_go_of(sys.stdout)
         self._log.close()
 

@@ -150,6 +150,21 @@ def test_a_disk_that_says_only_in_fsync_that_it_was_full(folder: Path, monkeypat
     assert rows(folder) == [row(1), row(2), row(3)]
 
 
+def test_what_is_held_to_the_end_is_told_and_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = recorder(folder)
+    record.write([row(1)])
+    assert record.saving(1)
+    with no_file_beyond((folder / "metrics.jsonl").stat().st_size + 20):
+        record.write([row(2)])
+        record.close()
+    assert "warning: metrics.jsonl: File too large; rows since the last checkpoint" in capsys.readouterr().out
+    again = recorder(folder, start=1)
+    assert rows(folder) == [row(1)]
+    again.write([row(2)])
+    again.close()
+    assert rows(folder) == [row(1), row(2)]
+
+
 def test_a_run_may_begin_while_the_disk_is_full(folder: Path) -> None:
     record = recorder(folder)
     record.write([row(1), row(2)])
