@@ -72,7 +72,7 @@ def barrier() -> None:
 
 
 def highest(value: int) -> int:
-    """The largest `value` among the ranks, on all of them: how they agree that one of them was told to stop."""
+    """The largest `value` among the ranks, on all of them: how they agree that one of them is still at work."""
     if world_size() == 1:
         return value
     flag = torch.tensor(value, dtype=torch.int64, device=_group_device())

@@ -35,6 +35,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         raise
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: what was created, renamed or removed."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """A run's status.json; a damaged one is as good as none."""
     try:

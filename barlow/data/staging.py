@@ -24,7 +24,7 @@ from typing import IO
 
 from barlow.data.shards import INDEX, Index, Shard, check_size
 from barlow.errors import UserError
-from barlow.files import write_json
+from barlow.files import sync_folder, write_json
 
 Work = Generator[None, None, str]
 Say = Callable[[str], object]
@@ -137,7 +137,7 @@ def _fill(index: Index, content: dict, copy: Index, hashes: bool, say: Say) -> W
             return f"{here.path} does not read as it was written: its disk fails"
     chosen = {name: {**content["splits"][name], "names": str(split.names)} for name, split in copy.splits.items()}
     write_json(copy.folder / INDEX, {**content, "splits": chosen})
-    _sync(copy.folder)
+    sync_folder(copy.folder)
     say(f"{len(missing)} shards copied to {copy.folder}: {told.end()}")
     return ""
 
@@ -159,7 +159,7 @@ def _copy_shard(shared: Shard, path: Path, told: _Told) -> Work:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read next is read from the disk
     if digest.hexdigest() == shared.sha256:
         fresh.replace(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     else:
         fresh.unlink()
     return digest.hexdigest()
@@ -251,15 +251,6 @@ def _shards(index: Index, splits: Iterable[str]) -> list[Shard]:
 def _lock_of(folder: Path) -> Path:
     """Beside the folder, for that one may go while others wait for their turn."""
     return folder.with_name(f"{folder.name}.lock")
-
-
-def _sync(folder: Path) -> None:
-    """Make the renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Told:

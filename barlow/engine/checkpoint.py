@@ -19,10 +19,9 @@ from typing import IO, Any, cast
 
 import torch
 
-from barlow.engine.journal import sync_folder
 from barlow.engine.snapshot import Snapshot
 from barlow.errors import UserError
-from barlow.files import write_json
+from barlow.files import sync_folder, write_json
 
 
 class Checkpoints:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from barlow.files import sync_folder
+
 
 class Journal:
     """A file to append to; others may append to it too. `fault` says why something is held, if anything is."""
@@ -105,12 +107,3 @@ class DurableJournal(Journal):
         self._held, self._loose = self._loose + self._held, b""
         self._torn = True
         self._drop()  # a handle that has gone stale is opened anew
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: what was created, renamed or removed."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
