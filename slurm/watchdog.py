@@ -103,19 +103,13 @@ def guard(dog: Watchdog) -> None:
     view = View(dog.rank, dog.beats)
     seen, same = 0, 0
     while os.getppid() == dog.rank:
-        view.look(nap(TICK))
+        time.sleep(TICK)
+        view.look(TICK)
         same = same + 1 if dog.turns == seen else 0
         seen = dog.turns
         if same >= HUNG and view.late > 0:
             dog.kill()
     worker.join(timeout=LAST)
-
-
-def nap(seconds: float) -> float:
-    """Sleep; returns how much too long that was, as it is for a process that was stopped."""
-    began = time.monotonic()
-    time.sleep(seconds)
-    return time.monotonic() - began - seconds
 
 
 class View:
@@ -125,18 +119,22 @@ class View:
         self.rank = rank  # its process
         self.file = Path(f"/proc/self/fd/{beats}")
         self.beat = pulse.look(self.file)
-        self.seen = time.monotonic()
+        self.seen = self.looked = time.monotonic()
         self.forgiven = 0.0  # seconds that this beat's deadline is put off
         self.late = self.still = 0.0  # seconds past the deadline, and since the beat
 
-    def look(self, overslept: float) -> None:
+    def look(self, expected: float) -> bool:
+        """Whether it comes much later than the `expected` seconds after the last one, as in a process that was stopped:
+        nor could the rank move meanwhile."""
         now, beat = time.monotonic(), pulse.look(self.file)
+        gap, self.looked = now - self.looked - expected, now
         if beat.number != self.beat.number:
             self.beat, self.seen, self.forgiven = beat, now, 0.0
-        if overslept > JUMP:  # nor could the rank move meanwhile
-            self.forgiven += overslept
+        if gap > JUMP:
+            self.forgiven += gap
         self.late = now - beat.deadline - self.forgiven
         self.still = now - self.seen - self.forgiven
+        return gap > JUMP
 
     def process(self) -> str:
         """The letter of the state of the rank's main thread."""
@@ -168,19 +166,21 @@ class Watchdog:
 
     def run(self) -> None:
         try:
-            overslept = 0.0
             while os.getppid() == self.rank:
                 self.turns += 1
-                self.turn(overslept)
-                overslept = nap(TICK * (self.crowd if self.began else 1))
+                self.turn()
+                time.sleep(self.pause())
             self.process = blame.ENDED
             self.write()
         except Exception:
             self.tell(f"this rank's watchdog failed:\n{traceback.format_exc()}")
 
-    def turn(self, overslept: float) -> None:
-        self.view.look(overslept)
-        if self.view.late <= 0 or overslept > JUMP:
+    def pause(self) -> float:
+        return TICK * (self.crowd if self.began else 1)
+
+    def turn(self) -> None:
+        stopped = self.view.look(self.pause())
+        if self.view.late <= 0 or stopped:
             self.began = self.decided = None
         before, self.process = self.process, self.view.process()
         late = self.view.late > 0

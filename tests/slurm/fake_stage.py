@@ -46,6 +46,7 @@ def main(run_folder: str) -> None:
     if "fault" in config and not (again and config.get("finishes", False)):
         time.sleep(60)
     if rank == 0 and config.get("finishes", False):
+        time.sleep(2)  # the others may still fail
         write_status(folder, state="finished")
     print("done", flush=True)
 
