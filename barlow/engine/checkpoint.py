@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ import torch
 from barlow.engine.snapshot import Snapshot
 from barlow.errors import UserError
 from barlow.files import sync_folder, write_json
+
+NAME = re.compile(r"(step-\d+)\.(pt|json)")
 
 
 class Checkpoints:
@@ -74,10 +77,12 @@ class Checkpoints:
         """Until the last save has reached the disk; that it could not is an error then, for nothing will try again."""
         self.wait()
         if self.failed:
-            raise UserError(f"{self.failed}; make room in {self.folder} and give the same command again")
+            raise OSError(f"{self.failed}; make room in {self.folder} and give the same command again")
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that verifies, and a line for each newer one that does not."""
+        """The newest checkpoint that verifies, and a line for each newer one that does not.
+
+        An OSError where that cannot be known: what a sick file server does not give is no damage."""
         found, self._found = self._found, None
         if found is not None:
             return found
@@ -98,6 +103,11 @@ class Checkpoints:
             half.unlink()
         path, skipped = self._found = self.newest()
         if path is None:
+            # A pair is more than a save leaves that was cut: to begin anew would be to lose a run.
+            pairs = [_pair(self.folder, stem) for stem in _stems(self.folder)]
+            if any(record.exists() and weights.exists() for record, weights in pairs):
+                told = f"no checkpoint in {self.folder} can be read ({'; '.join(skipped)})"
+                raise RuntimeError(f"{told}: move them away to begin anew")
             return
         with suppress(OSError):  # the same will fail, and be told, when it saves
             sync_folder(self.folder)
@@ -149,15 +159,20 @@ class Checkpoints:
         return hashing.bytes
 
     def _prune(self, step: int) -> None:
-        """Once a newer one is durable. Later steps than that one are of a past that damage has undone."""
+        """Once a newer one is durable. Later steps than that one are of a past that damage has undone: they are put
+        aside, for who may want to look at them."""
         stems = _stems(self.folder)
-        good = [stem for stem in stems if _step(stem) <= step and stem not in self._damaged]
-        keep = {*good[: max(1, self.keep)], *(stem for stem in good if self.every and _step(stem) % self.every == 0)}
+        later = {stem for stem in stems if _step(stem) > step}
+        good = [stem for stem in stems if stem not in later | self._damaged]
+        keep = {*good[: max(1, self.keep)], *(stem for stem in stems if self.every and _step(stem) % self.every == 0)}
         for stem in stems:
-            if stem not in keep:
-                (self.folder / f"{stem}.json").unlink(missing_ok=True)
-                (self.folder / f"{stem}.pt").unlink(missing_ok=True)
-        self._damaged &= keep
+            for file in _pair(self.folder, stem):
+                if stem in later:
+                    with suppress(FileNotFoundError):
+                        file.rename(file.with_name(f"damaged-{file.name}"))
+                elif stem not in keep:
+                    file.unlink(missing_ok=True)
+        self._damaged &= keep - later
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -167,7 +182,7 @@ def load(path: Path) -> dict[str, Any]:
         if isinstance(found, dict) and "model" in found:
             return found
         fault = "it has no 'model'"
-    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+    except (RuntimeError, UnpicklingError, EOFError) as error:
         fault = (str(error) or type(error).__name__).splitlines()[0]
     raise UserError(f"{path} is no checkpoint ({fault}): name a run folder or a .pt file from its checkpoints")
 
@@ -204,8 +219,16 @@ def _misfits(own: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor])
 
 def _stems(folder: Path) -> list[str]:
     """Of all that looks like a checkpoint or its record, the newest first."""
-    found = {path.stem for path in folder.glob("step-*") if path.suffix in (".pt", ".json")}
-    return sorted((stem for stem in found if stem.removeprefix("step-").isdigit()), key=_step, reverse=True)
+    try:
+        names = os.listdir(folder)  # unlike glob, it tells when it may not look
+    except FileNotFoundError:
+        return []
+    return sorted({found[1] for name in names if (found := NAME.fullmatch(name))}, key=_step, reverse=True)
+
+
+def _pair(folder: Path, stem: str) -> tuple[Path, Path]:
+    """The record first: without it a checkpoint counts for nothing."""
+    return folder / f"{stem}.json", folder / f"{stem}.pt"
 
 
 def _step(stem: str) -> int:
@@ -213,7 +236,7 @@ def _step(stem: str) -> int:
 
 
 def _fault(path: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing is."""
+    """What is wrong with a checkpoint; empty if nothing is. That it cannot be read now is another thing, an OSError."""
     try:
         told = json.loads(path.with_suffix(".json").read_bytes())
         if (told["file"], told["step"]) != (path.name, _step(path.stem)):
@@ -225,7 +248,7 @@ def _fault(path: Path) -> str:
             while block := file.read(1 << 22):
                 sha.update(block)
         return "" if sha.hexdigest() == told["sha256"] else "its hash is not the one recorded"
-    except OSError as error:
+    except FileNotFoundError as error:
         return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return "its record is damaged"

@@ -227,7 +227,10 @@ def restore(
             origin = dist.broadcast(find(config.model.init) if dist.rank() == 0 else Path())
             load_weights(objective, load(origin)["model"], str(origin))
         return 0, told
-    stored = load(path)
+    try:
+        stored = load(path)
+    except UserError as error:  # it was whole a moment ago: where this rank reads it otherwise, nobody asked wrongly
+        raise RuntimeError(str(error)) from error
     if stored["data"] != hashes(config, index):
         raise UserError(f"the shards in {config.data.dir} are not those this run began with: choose another --run")
     load_weights(objective, stored["model"], str(path))

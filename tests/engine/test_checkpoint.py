@@ -84,66 +84,6 @@ def test_keeps_those_of_every_so_many_steps_for_good(tmp_path: Path) -> None:
     assert checkpoints.newest() == (tmp_path / "step-000000010.pt", [])
 
 
-def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [1, 2, 3], keep=3)
-    (tmp_path / "step-000000003.pt").write_bytes(b"")
-    assert checkpoints.newest()[0] == tmp_path / "step-000000002.pt"
-    checkpoints.save(4, state(4.0))
-    checkpoints.wait()
-    assert names(tmp_path) == ["step-000000001.pt", "step-000000002.pt", "step-000000004.pt"]
-
-
-DAMAGE = {
-    "cut": "bytes instead of",
-    "flip": "its hash is not the one recorded",
-    "missing": "step-000000003.pt: No such file",
-    "no record": "step-000000003.json: No such file",
-    "empty record": "its record is damaged",
-    "garbage record": "its record is damaged",
-    "record of another kind": "its record is damaged",
-    "record of another step": "its record is that of step-000000002.pt, step 2",
-    "latest names nothing": "",
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_falls_back_and_is_told(tmp_path: Path, damage: str) -> None:
-    checkpoints = saved(tmp_path, [1, 2, 3])
-    newest = tmp_path / "step-000000003.pt"
-    data = bytearray(newest.read_bytes())
-    if damage == "cut":
-        newest.write_bytes(data[:-1])
-    elif damage == "flip":
-        data[len(data) // 2] ^= 1
-        newest.write_bytes(data)
-    elif damage == "missing":
-        newest.unlink()
-    elif damage == "no record":
-        newest.with_suffix(".json").unlink()
-    elif damage == "empty record":
-        newest.with_suffix(".json").write_text("")
-    elif damage == "garbage record":
-        newest.with_suffix(".json").write_bytes(b"\xff\x00{")
-    elif damage == "record of another kind":
-        newest.with_suffix(".json").write_text("[3]")
-    elif damage == "record of another step":
-        newest.with_suffix(".json").write_text((tmp_path / "step-000000002.json").read_text())
-    else:
-        (tmp_path / "latest.json").write_text('{"file": "step-000000009.pt"}')
-    path, told = checkpoints.newest()
-    if not DAMAGE[damage]:
-        assert (path, told) == (newest, [])
-        return
-    assert path == tmp_path / "step-000000002.pt"
-    assert len(told) == 1
-    assert told[0].startswith("checkpoint step-000000003.pt skipped: ")
-    assert DAMAGE[damage] in told[0]
-    checkpoints.save(4, state(4.0))  # what is left of it goes
-    checkpoints.wait()
-    assert checkpoints.newest() == (tmp_path / "step-000000004.pt", [])
-    assert not list(tmp_path.glob("step-000000003.*"))
-
-
 def test_a_full_disk_keeps_the_old_ones(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1], keep=1)
     whole = {"step-000000001.pt", "step-000000001.json", "latest.json"}
@@ -152,7 +92,7 @@ def test_a_full_disk_keeps_the_old_ones(tmp_path: Path) -> None:
         checkpoints.wait()
     assert checkpoints.take_news()[1:] == [f"warning: {checkpoints.failed}"]
     assert "the checkpoint of step 2 was not written: [Errno 27] File too large" in checkpoints.failed
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(OSError, match="make room"):
         checkpoints.finish()
     assert checkpoints.newest()[0] == tmp_path / "step-000000001.pt"
     assert {p.name for p in tmp_path.iterdir()} == whole
@@ -173,12 +113,12 @@ def test_no_older_one_goes_before_the_new_one_is_durable(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(checkpoint, "sync_folder", broken)
     checkpoints.save(2, state(2.0))
-    with pytest.raises(UserError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         checkpoints.finish()
     assert "step-000000001.pt" in names(tmp_path)
     monkeypatch.setattr(checkpoint, "write_json", broken)
     checkpoints.save(3, state(3.0))
-    with pytest.raises(UserError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         checkpoints.finish()
     assert "step-000000001.pt" in names(tmp_path)
     assert "step-000000003.pt" not in names(tmp_path)  # no use without its record
@@ -228,18 +168,6 @@ def test_find(tmp_path: Path) -> None:
         checkpoint.find(str(tmp_path / "nothing.pt"))
     saved(tmp_path / "checkpoints", [4])
     assert checkpoint.find(str(tmp_path)).name == "step-000000004.pt"
-
-
-def test_a_new_save_replaces_a_damaged_later_one(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, [10, 20, 30], keep=1)
-    newest = tmp_path / "step-000000030.pt"
-    newest.write_bytes(newest.read_bytes()[:-1])
-    checkpoints.save(10, state(1.0))  # a run that fell back and comes by again
-    checkpoints.wait()
-    path, told = checkpoints.newest()
-    assert path == tmp_path / "step-000000010.pt"
-    assert told == []
-    assert json.loads((tmp_path / "latest.json").read_text())["step"] == 10
 
 
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
