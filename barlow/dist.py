@@ -61,6 +61,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def node() -> str:
+    """This machine's name, as SLURM knows it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def host_group() -> Any:
     """A group of all ranks that speaks from host memory, so that no GPU is waited for; None when alone."""
     return torch.distributed.new_group(backend="gloo") if world_size() > 1 else None

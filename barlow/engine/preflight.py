@@ -6,9 +6,7 @@ and a line with its name, not hours and wrong numbers."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -71,15 +69,14 @@ def preflight(
     `data` makes the node's data ready. The first rank of each node runs it, from yield to yield, so that it may take
     longer than any collective; it returns what is wrong with the node, and runs with `knobs.skip` too. `beat` is called
     every second meanwhile."""
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = dist.node()
     measured = [] if knobs.skip else check_ranks(knobs, node, device)
     began = time.perf_counter()
     refused, fault = run_together(data, beat)
     seconds = time.perf_counter() - began
     everyone = gather(Ready(node, refused, fault, memory.left(), need_memory))
-    if {each.node for each in everyone if each.refused} == {each.node for each in everyone}:
-        raise UserError(next(each.refused for each in everyone if each.refused))
-    refuse([(each.node, each.refused or each.fault) for each in everyone])  # some nodes only: it is theirs
+    refuse_user([(each.node, each.refused) for each in everyone])
+    refuse([(each.node, each.fault) for each in everyone])
     if knobs.skip:
         return []
     refuse(short_of_memory(everyone))
@@ -113,6 +110,24 @@ def check_ranks(knobs: Preflight, node: str, device: torch.device) -> list[str]:
     spread = max(offsets.values()) - min(offsets.values())
     told = [f"clocks of {len(offsets)} nodes within {spread:.2f} s"] if len(offsets) > 1 else []
     return [*told, f"all-reduce at {speed:.2f} GB/s"]
+
+
+def together(work: Callable[[], T]) -> T:
+    """What every rank does by itself; a UserError of one of them becomes the same error on all."""
+    refused = ""
+    try:
+        done = work()
+    except UserError as error:
+        refused = str(error)
+    refuse_user(gather((dist.node(), refused)))
+    return done
+
+
+def refuse_user(refused: Faults) -> None:
+    """What all nodes refuse is the user's error; what only some do is theirs: they do not see what the others do."""
+    if {node for node, what in refused if what} == {node for node, _ in refused}:
+        raise UserError(next(what for _, what in refused if what))
+    refuse(refused)
 
 
 def refuse(faults: Faults) -> None:

@@ -4,6 +4,7 @@ Takes the config from the run folder, starts from its newest good checkpoint if 
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,10 +26,10 @@ from barlow.data.views import pair
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preempt import StopRequest
-from barlow.engine.preflight import preflight
+from barlow.engine.preflight import preflight, together
 from barlow.engine.record import Recorder
 from barlow.engine.run import claim, load_config
-from barlow.errors import Preempted, UserError
+from barlow.errors import BadNode, Preempted, UserError
 from barlow.files import read_status, write_json, write_status
 from barlow.models import backbone as backbones
 from barlow.models.norm import synchronise
@@ -47,11 +48,12 @@ def main(run_folder: str) -> None:
     request = StopRequest()
     holding = claim(folder) if dist.rank() == 0 else None  # until this process ends
     beats = pulse.of_this_rank()
-    index = read_index(config.data.dir)
+    index = together(lambda: read_index(config.data.dir))
     objective = build(config, device)
     told = prepare(config, folder, index, objective, device, beats)
     near = staging.staged(index, config.data.splits, config.data.stage)
-    loader = Loader(near, config.data.splits, workers=config.data.workers, pin=device.type == "cuda")
+    pin = device.type == "cuda"
+    loader = together(lambda: Loader(near, config.data.splits, workers=config.data.workers, pin=pin))
     plan = plan_of(config, len(loader))
 
     model = distribute(objective, device)
@@ -151,15 +153,19 @@ def begin(folder: Path, start: int, steps: int) -> None:
 
 
 def choose_device(asked: str) -> torch.device:
-    """This rank's GPU, or the CPU."""
+    """This rank's GPU, or the CPU. One of several ranks that was promised a GPU and has none is on a bad node."""
+    promised = asked == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if asked == "cuda" and not torch.cuda.is_available():
+        if promised:
+            raise BadNode(dist.node(), "torch sees no GPU on it")
         raise UserError("--device cuda: torch sees no GPU here; give --device cpu or auto")
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if dist.local_rank() >= torch.cuda.device_count():
-        raise UserError(
-            f"more ranks on a machine than its {torch.cuda.device_count()} GPUs: give --gpus-per-node what it has"
-        )
+    if dist.local_rank() >= (count := torch.cuda.device_count()):
+        told = f"more ranks on a machine than its {count} GPUs"
+        if promised:
+            raise BadNode(dist.node(), told)
+        raise UserError(f"{told}: give --gpus-per-node what it has")
     torch.backends.cudnn.deterministic = True  # a resumed run ends with the same bits
     return torch.device("cuda", dist.local_rank())
 

@@ -22,7 +22,7 @@ from barlow.config import Preflight
 from barlow.data import staging
 from barlow.data.shards import read_index
 from barlow.engine import memory
-from barlow.engine.preflight import Found, clock_offsets, preflight, taken, wrong_clocks
+from barlow.engine.preflight import Found, clock_offsets, preflight, taken, together, wrong_clocks
 from barlow.errors import BadNode, UserError
 
 Ranks = Callable[..., list[Any]]
@@ -204,6 +204,26 @@ def test_each_node_stages_to_its_own_disk(on_ranks: Ranks, tmp_path: Path, tiny_
     for rank, (error, read) in enumerate(on_ranks(2, staging_on_two_nodes, str(tiny_data), tmp_path)):
         assert re.match(f"node n1: --data.stage {tmp_path}/file/barlow: not a directory: give a folder on each", error)
         assert read == [f"{tmp_path}/disk{rank}/barlow"]
+
+
+def reading_on_two_nodes(good: str, bad: str, damaged: list[int]) -> str:
+    os.environ["SLURMD_NODENAME"] = f"n{dist.rank()}"
+    try:
+        together(lambda: read_index(bad if dist.rank() in damaged else good))
+    except (BadNode, UserError) as caught:
+        return f"{type(caught).__name__}: {caught}"
+    return ""
+
+
+@pytest.mark.parametrize("damaged", [[], [1], [0, 1]])
+def test_data_that_only_some_nodes_miss_is_their_fault(
+    on_ranks: Ranks, tmp_path: Path, tiny_data: Path, damaged: list[int]
+) -> None:
+    told = f"no index.json in {tmp_path}: write it with"
+    expected = ["", f"BadNode: node n1: {told}", f"UserError: {told}"][len(damaged)]
+    for answer in on_ranks(2, reading_on_two_nodes, str(tiny_data), str(tmp_path), damaged):
+        assert answer.startswith(expected)
+        assert bool(answer) == bool(damaged)
 
 
 def test_a_disk_without_room_is_a_warning(tmp_path: Path) -> None:
