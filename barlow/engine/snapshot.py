@@ -8,49 +8,56 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Place = tuple[Any, ...]  # where in the state a tensor lies: the keys that lead to it
+Pieces = deque[tuple[int, int, int]]  # plain memory to copy: to, from, bytes
 PIECE = 1 << 22  # bytes that a thread copies at a time: a fifth of a millisecond
+
+
+class Host(NamedTuple):
+    """Memory for the copy of one tensor."""
+
+    kind: tuple[Any, ...]  # of tensor: shape, strides, type, device
+    memory: Tensor
+    address: int
+    plain: bool  # the tensor's own memory is laid out the same, byte by byte
 
 
 class Snapshot:
     def __init__(self, beside: Executor) -> None:
         """`beside`: a thread that is idle when a snapshot is taken."""
         self._beside = beside
-        self._host: dict[Place, Tensor] = {}  # kept from one to the next
+        self._host: dict[Place, Host] = {}  # kept from one to the next
         self._taken: Any = None
         self._ready: dict[torch.device, torch.cuda.Event] = {}  # when the clones on a GPU are whole
 
     def make_room(self, state: Mapping[str, Any]) -> None:
         """Touch the host memory that such a state will need, so that the first snapshot is as quick as the others."""
-        _map(state, lambda tensor, place: self._host_memory(tensor, place).zero_())
+        _map(state, lambda tensor, place: self._memory(tensor, _kind(tensor), place).memory.zero_())
 
     def take(self, state: Mapping[str, Any]) -> None:
         """The state as it is now. A tensor that it holds in two places is copied once, and shared in the copy too."""
         self._ready = {device: torch.cuda.Event() for device in _roomy(state)}
         seen: dict[Any, Tensor] = {}
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pieces: Pieces = deque()
 
         def copy(tensor: Tensor, place: Place) -> Tensor:
-            same = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() == 0 or same not in seen:
-                if tensor.device in self._ready:
-                    seen[same] = tensor.clone()
-                else:
-                    seen[same] = self._host_memory(tensor, place)
-                    pairs.append((seen[same], tensor))
-            return seen[same]
+            address, kind = tensor.data_ptr(), _kind(tensor)
+            known = seen.get((address, kind))
+            if known is None:
+                known = self._copy(tensor, address, kind, place, pieces)
+                seen[address, kind] = known
+            return known
 
         self._taken = _map(state, copy)
         for device, ready in self._ready.items():
             ready.record(torch.cuda.current_stream(device))
-        pieces = deque(_pieces(pairs))
         other = self._beside.submit(_copy, pieces)
         _copy(pieces)
         if not other.cancel():
@@ -66,9 +73,9 @@ class Snapshot:
         def bring(tensor: Tensor, place: Place) -> Tensor:
             if tensor.device not in streams:
                 return tensor
-            if id(tensor) not in seen:
+            if id(tensor) not in seen:  # the tensor itself lives in `taken`: its id is its own
                 with torch.cuda.stream(streams[tensor.device]):
-                    host = self._host_memory(tensor, place).copy_(tensor, non_blocking=True)
+                    host = self._memory(tensor, _kind(tensor), place).memory.copy_(tensor, non_blocking=True)
                 seen[id(tensor)] = host
             return seen[id(tensor)]
 
@@ -78,25 +85,32 @@ class Snapshot:
             stream.synchronize()
         return settled  # and the clones go: only now may the GPU use their memory again
 
-    def _host_memory(self, tensor: Tensor, place: Place) -> Tensor:
+    def _copy(self, tensor: Tensor, address: int, kind: tuple[Any, ...], place: Place, pieces: Pieces) -> Tensor:
+        """A clone on the GPU, or memory on the host that is filled once `pieces` are copied."""
+        if tensor.device in self._ready:
+            return tensor.detach().clone()
+        host = self._memory(tensor, kind, place)
+        if not host.plain:
+            return host.memory.copy_(tensor.detach())
+        for at in range(0, tensor.nbytes, PIECE):
+            pieces.append((host.address + at, address + at, min(PIECE, tensor.nbytes - at)))
+        return host.memory
+
+    def _memory(self, tensor: Tensor, kind: tuple[Any, ...], place: Place) -> Host:
         host = self._host.get(place)
-        if host is None or (host.shape, host.dtype) != (tensor.shape, tensor.dtype):
-            pin = tensor.device.type == "cuda"
-            host = self._host[place] = torch.empty_like(tensor, device="cpu", pin_memory=pin)
+        if host is None or host.kind != kind:
+            on_gpu = tensor.device.type == "cuda"
+            memory = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu, requires_grad=False)
+            plain = tensor.device.type == "cpu" and memory.stride() == tensor.stride()
+            host = self._host[place] = Host(kind, memory, memory.data_ptr(), plain)
         return host
 
 
-def _pieces(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[int, int, int]]:
-    """(to, from, bytes) of what may be copied as plain memory; what may not is copied here."""
-    for host, tensor in pairs:
-        if tensor.device.type != "cpu" or tensor.stride() != host.stride():
-            host.copy_(tensor)
-            continue
-        for at in range(0, tensor.nbytes, PIECE):
-            yield host.data_ptr() + at, tensor.data_ptr() + at, min(PIECE, tensor.nbytes - at)
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _copy(pieces: deque[tuple[int, int, int]]) -> None:
+def _copy(pieces: Pieces) -> None:
     """Until none is left. In plain memory, for which no thread waits but at the end: torch shares out each tensor over
     all its threads and waits for each of them each time, up to 20 times as long where something else uses the cores."""
     while True:
@@ -115,14 +129,15 @@ def _roomy(state: Mapping[str, Any]) -> set[torch.device]:
         if tensor.device.type == "cuda":
             needed[tensor.device] = needed.get(tensor.device, 0) + tensor.nbytes
 
-    _map(state, add)
+    if torch.cuda.is_initialized():
+        _map(state, add)
     return {device for device, size in needed.items() if torch.cuda.mem_get_info(device)[0] > size}
 
 
 def _map(value: Any, function: Callable[[Tensor, Place], Any], place: Place = ()) -> Any:
     """The same tree of dicts and lists, with function(tensor, place) for every tensor."""
     if isinstance(value, Tensor):
-        return function(value.detach(), place)
+        return function(value, place)
     if isinstance(value, Mapping):
         return {key: _map(item, function, (*place, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -237,12 +237,12 @@ def test_the_memory_of_a_snapshot_is_kept_for_the_next(tmp_path: Path) -> None:
     checkpoints, value = Checkpoints(tmp_path, 1), state(1.0)
     checkpoints.prepare({"step": 0, **value})
     checkpoints.wait()
-    made = {place: tensor.data_ptr() for place, tensor in checkpoints._snapshot._host.items()}
+    made = {place: host.address for place, host in checkpoints._snapshot._host.items()}
     assert set(made) == {("model", "w"), ("optimizer", "state", 0, "mu")}
     for step in (1, 2):
         checkpoints.save(step, value)
         checkpoints.wait()
-    assert {place: tensor.data_ptr() for place, tensor in checkpoints._snapshot._host.items()} == made
+    assert {place: host.address for place, host in checkpoints._snapshot._host.items()} == made
     checkpoints.save(3, {"model": {"w": torch.ones(7)}})  # another shape
     checkpoints.finish()
     assert checkpoint.load(tmp_path / "step-000000003.pt")["model"]["w"].shape == (7,)
@@ -270,4 +270,4 @@ def test_on_a_gpu_it_is_the_state_at_the_call_too(tmp_path: Path, monkeypatch: p
         assert found["model"]["w"].unique().tolist() == [step]
         assert found["model"]["tied"].data_ptr() == found["model"]["w"].data_ptr()
         assert found["count"] == step
-    assert all(t.is_pinned() for t in checkpoints._snapshot._host.values() if t.numel() > 1)
+    assert all(host.memory.is_pinned() for host in checkpoints._snapshot._host.values() if host.memory.numel() > 1)
