@@ -11,7 +11,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +36,8 @@ class Checkpoints:
         self.keep = keep
         self.every = every
         self.failed: str = ""  # why the newest save did not reach the disk
-        self.seconds = 0.0  # from the call of the newest save that did to when it was durable
+        self.saved: int | None = None  # the newest step that did
+        self.seconds = 0.0  # from the beginning of that save to when it was durable
         self._writer = ThreadPoolExecutor(1, "checkpoint")  # started once: starting a thread waits for it
         self._snapshot = Snapshot(self._writer)
         self._save: Future[None] | None = None
@@ -52,16 +53,32 @@ class Checkpoints:
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Before the first save, and beside the training: memory for the copies of such a state."""
         self.wait()
-        self._save = self._writer.submit(self._snapshot.make_room, state)
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy the state now, write it on a thread; never two writes at once. `take_news` tells how it went."""
-        began = time.perf_counter()
+        def make_room() -> None:
+            try:
+                self._snapshot.make_room(state)
+            except Exception as error:  # the save itself will tell whether it matters
+                self._news.append(f"warning: no memory could be made ready for checkpoints: {error}")
+
+        self._save = self._writer.submit(make_room)
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        began: float | None = None,
+        first: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Copy the state now, write it on a thread; never two writes at once. `take_news` tells how it went.
+
+        `began`: when training began to stand still for it (perf_counter). `first`: called on the thread, before there
+        is a checkpoint; if it raises, there will be none."""
+        began = time.perf_counter() if began is None else began
         self.wait()
         self.failed = ""
         self._snapshot.take({"step": step, **state})
         stall = time.perf_counter() - began
-        self._save = self._writer.submit(self._write_and_tell, step, began, stall)
+        self._save = self._writer.submit(self._write_and_tell, step, began, stall, first)
 
     def take_news(self) -> list[str]:
         """Lines for the log since last asked: how long each save took, or why it did not reach the disk."""
@@ -116,15 +133,15 @@ class Checkpoints:
             told = json.loads(path.with_suffix(".json").read_bytes())
             write_json(self.folder / "latest.json", {name: told[name] for name in ("file", "step", "bytes", "sha256")})
 
-    def _write_and_tell(self, step: int, began: float, stall: float) -> None:
+    def _write_and_tell(self, step: int, began: float, stall: float, first: Callable[[], object]) -> None:
         """On the thread: whatever happens, the loop must hear of it."""
         try:
-            size = self._write(step, began)
+            size = self._write(step, began, first)
         except BaseException as error:
             self.failed = f"the checkpoint of step {step} was not written: {error}"
             self._news.append(f"warning: {self.failed}")
             return
-        self.seconds = time.perf_counter() - began
+        self.saved, self.seconds = step, time.perf_counter() - began
         told = f"written in {self.seconds:.2f} s (stall {stall:.3f} s, {size / 1e6:.1f} MB)"
         self._news.append(f"checkpoint of step {step} {told}")
         try:
@@ -132,7 +149,7 @@ class Checkpoints:
         except OSError as error:
             self._news.append(f"warning: an older checkpoint was not removed: {error}")
 
-    def _write(self, step: int, began: float) -> int:
+    def _write(self, step: int, began: float, first: Callable[[], object]) -> int:
         """Its size, once it is durable. What it could not finish it takes away again: a full disk lacks the room."""
         path = self.folder / f"step-{step:09d}.pt"
         record = path.with_suffix(".json")
@@ -145,6 +162,7 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             told = {"file": path.name, "step": step, "bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
+            first()
             fresh.replace(path)
             write_json(record, {**told, "seconds": round(time.perf_counter() - began, 3)})
             self._damaged.discard(path.stem)

@@ -4,6 +4,7 @@ there is room again. Nothing in here raises because a disk is full, slow or gone
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 from barlow.files import sync_folder
@@ -63,9 +64,12 @@ class DurableJournal(Journal):
     """A file to which this process alone appends, and of which `sync` says whether all of it would survive a crash.
 
     A disk may take a write and say only in `sync` that it had no room, and then nobody knows what of it is there. So
-    what is not yet durable is held, and after a failure the file is cut back to what is before it is written again."""
+    what is not yet durable is held, and after a failure the file is cut back to what is before it is written again.
+    One thread may sync while another writes, which does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
+        self._lock = threading.RLock()  # never held during a sync
+        self._failures = 0
         self._loose = b""  # written, and not yet durable
         self._durable: int | None = None  # length of the file that is; what it begins with counts as durable
         self._torn = False  # behind that length lies nobody knows what
@@ -74,20 +78,32 @@ class DurableJournal(Journal):
 
     def sync(self) -> bool:
         """Whether everything written so far is durable now."""
-        self.write(b"")
-        if self.fault:
-            return False
+        with self._lock:
+            self.write(b"")
+            if self.fault or self._handle is None:
+                return False
+            failures, count = self._failures, len(self._loose)
+            handle = os.dup(self._handle)  # the writer may drop its own meanwhile
         try:
-            os.fsync(self._open())
+            os.fsync(handle)
             if not self._named:
                 sync_folder(self.path.parent)
                 self._named = True
         except OSError as error:
             self._gave_up(error)
             return False
-        self._durable = (self._durable or 0) + len(self._loose)
-        self._loose = b""
+        finally:
+            os.close(handle)
+        with self._lock:
+            if self._failures > failures:  # a write has failed since: all that is not yet durable is written again
+                return False
+            self._durable = (self._durable or 0) + count
+            self._loose = self._loose[count:]
         return True
+
+    def write(self, data: bytes) -> None:
+        with self._lock:
+            super().write(data)
 
     def _open(self) -> int:
         handle = super()._open()
@@ -103,7 +119,9 @@ class DurableJournal(Journal):
         super()._wrote(count)
 
     def _gave_up(self, error: OSError) -> None:
-        super()._gave_up(error)
-        self._held, self._loose = self._loose + self._held, b""
-        self._torn = True
-        self._drop()  # a handle that has gone stale is opened anew
+        with self._lock:
+            super()._gave_up(error)
+            self._failures += 1
+            self._held, self._loose = self._loose + self._held, b""
+            self._torn = True
+            self._drop()  # a handle that has gone stale is opened anew

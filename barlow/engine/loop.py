@@ -18,12 +18,11 @@ from barlow import dist, stop
 from barlow.engine.checkpoint import Checkpoints
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
-from barlow.errors import Preempted, UserError
+from barlow.errors import Preempted
 from barlow.pulse import Pulse
 
 Step = Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
-PATIENCE = 300.0  # seconds that a run with only its last save to make waits for room on the disk; less than other
-# ranks wait for it in a collective
+PATIENCE = 300.0  # seconds that a run at its end waits for room on the disk; less than ranks wait in a collective
 AGAIN = 5.0  # seconds between two tries
 
 
@@ -104,17 +103,19 @@ def fit(
             recorder.write(rows)
             if stopping:
                 lost = saver.save_and_leave(done, optimizer) if saver else ""
-                raise Preempted(request.signal, done, lost)
+                raise Preempted(request.signal, saver.saved if saver else done, lost)
             if saver and saving:
                 saver.save(done, optimizer)
             clock = time.perf_counter()
         if saver and start < plan.steps:
             saver.finish(optimizer)
+        pulse.beat(plan.steps, "save", PATIENCE + plan.start_seconds)
+        request.meet()
 
 
 class Saver:
-    """When rank 0 saves. A save that is due while the one before is still written, or while the disk is full, is put
-    off: training does not wait for a disk."""
+    """When rank 0 saves. A save that is due while the one before is still written is put off, and one that failed is
+    tried again at a later step. Training waits for a disk only at a step that is kept for good, for the save before."""
 
     def __init__(
         self,
@@ -126,10 +127,15 @@ class Saver:
         pulse: Pulse,
     ) -> None:
         self.plan, self.state, self.checkpoints, self.recorder, self.pulse = plan, state, checkpoints, recorder, pulse
+        self.start = start
         self.owed = False
         self.warned = False
         self.began = time.monotonic()  # the last save
-        self.failed = -math.inf  # when one could not begin
+
+    @property
+    def saved(self) -> int:
+        """The newest step that is on the disk."""
+        return self.start if self.checkpoints.saved is None else self.checkpoints.saved
 
     def due(self, done: int) -> bool:
         now = time.monotonic()
@@ -137,41 +143,47 @@ class Saver:
         self.owed = self.owed or by_time or done % self.plan.save_every == 0
         if done == self.plan.steps:
             return False  # `finish` saves
-        return self.plan.keeps(done) or (self.owed and not self.checkpoints.busy and now - self.failed > AGAIN)
-
-    def save(self, done: int, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether a save has begun."""
-        self.tell()
-        self.pulse.beat(done, "save", self.plan.start_seconds)
-        refuse_non_finite(optimizer, done)
-        if not self.recorder.saving(done):  # a checkpoint is never newer than its rows of metrics.jsonl
-            self.owed, self.failed = True, time.monotonic()
+        if self.plan.keeps(done):
+            return True
+        if self.checkpoints.busy:
             return False
+        return now - self.began > AGAIN if self.checkpoints.failed else self.owed
+
+    def save(self, done: int, optimizer: torch.optim.Optimizer) -> None:
+        began = time.perf_counter()
+        self.pulse.beat(done, "save", self.plan.start_seconds)
+        self.tell()
+        refuse_non_finite(optimizer, done)
         self.owed, self.began = False, time.monotonic()
-        self.checkpoints.save(done, self.state())
-        return True
+
+        def rows() -> None:
+            """A checkpoint is never newer than its rows of metrics.jsonl."""
+            if not self.recorder.saving(done):
+                raise OSError("the disk does not take its rows of metrics.jsonl")
+
+        self.checkpoints.save(done, self.state(), began, rows)
 
     def save_and_leave(self, done: int, optimizer: torch.optim.Optimizer) -> str:
         """The last save of a run that is told to stop; returns why it was lost, empty if it was not."""
+        self.pulse.beat(done, "save", self.plan.start_seconds)
         self.checkpoints.wait()
-        lost = "no room for its metrics"
-        if self.save(done, optimizer):
-            try:
-                self.checkpoints.finish()
-                lost = ""
-            except UserError as error:
-                lost = str(error)
+        self.save(done, optimizer)
+        lost = ""
+        try:
+            self.checkpoints.finish()
+        except OSError as error:
+            lost = str(error)
         self.tell()
         return lost
 
     def finish(self, optimizer: torch.optim.Optimizer) -> None:
-        """Until the end of the run is on disk. A disk that stays full is an error then, for nothing will try again."""
-        began = time.monotonic()
-        while lost := self.save_and_leave(self.plan.steps, optimizer):
-            if time.monotonic() - began > PATIENCE:
-                raise UserError(lost)
-            self.recorder.say(f"warning: the last checkpoint is not on disk yet: {lost}")
-            time.sleep(AGAIN)
+        """Until the end of the run is on disk."""
+
+        def save() -> None:
+            if lost := self.save_and_leave(self.plan.steps, optimizer):
+                raise OSError(lost)
+
+        patiently(save, self.recorder.say)
 
     def tell(self) -> None:
         """What became of earlier saves; once, that they take longer than a preemption allows."""
@@ -182,6 +194,21 @@ class Saver:
             self.warned = True
             told = f"a checkpoint takes {self.checkpoints.seconds:.1f} s of the {notice:.0f} s notice a stop gives"
             self.recorder.say(f"warning: {told}: what cannot be saved then is made again, from the last one saved")
+
+
+def patiently(do: Callable[[], object], say: Callable[[str], object]) -> None:
+    """What a run does at its end, again while the disk is full. One that stays so is an error, which brings the job
+    back: nothing else will try again."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            do()
+            return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise
+            say(f"warning: the end of the run is not on disk yet: {error}")
+        time.sleep(AGAIN)
 
 
 def settle(

@@ -38,3 +38,9 @@ class StopRequest:
                 flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
             )
         return told
+
+    def meet(self) -> None:
+        """Until all ranks are here. One that is told to stop leaves where it may, and its launcher ends the others: so
+        none gets there before the last save is done."""
+        if self._group is not None:
+            torch.distributed.barrier(self._group)

@@ -71,9 +71,8 @@ class Recorder:
 
     def saving(self, step: int) -> bool:
         """Before a checkpoint: whether the rows of its steps survive a crash of the machine; without them it must wait.
-        status.json has its step then."""
+        status.json has its step then. Both take their time: for the thread that writes the checkpoint."""
         durable = self._metrics.sync()
-        self._tell()
         if durable:
             with suppress(OSError):
                 write_status(self._folder, step=step)

@@ -24,7 +24,7 @@ from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index, read_index
 from barlow.data.views import pair
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
-from barlow.engine.loop import Plan, fit
+from barlow.engine.loop import Plan, fit, patiently
 from barlow.engine.preempt import StopRequest
 from barlow.engine.preflight import preflight, together
 from barlow.engine.record import Recorder
@@ -113,16 +113,22 @@ def main(run_folder: str) -> None:
             beats.beat(plan.steps, "evaluate", plan.start_seconds)
             untrained = build(config, device).backbone
             results |= knn.baselines(untrained, index, config.knn, side, device, config.data.workers)
-        if dist.rank() == 0:
+
+        def record_the_end() -> None:
+            beats.beat(plan.steps, "save", plan.start_seconds)
             write_json(folder / "results.json", {"steps": plan.steps, **results})
             write_status(folder, state="finished", step=plan.steps, why="")
             history.note(folder, "finished", step=plan.steps)
+
+        if dist.rank() == 0:
+            patiently(record_the_end, recorder.say)
         recorder.say(
             f"finished {plan.steps} steps" + "".join(f"  {name} {value:.2f}" for name, value in results.items())
         )
     except Preempted as told_to_stop:
         if dist.rank() == 0:
-            write_status(folder, state="preempted", step=told_to_stop.step, why=str(told_to_stop))
+            with suppress(OSError):  # a full disk: the job's script tries again
+                write_status(folder, state="preempted", step=told_to_stop.step, why=str(told_to_stop))
         recorder.say(f"stopped: {told_to_stop}")
         raise
     finally:

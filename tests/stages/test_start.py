@@ -1,16 +1,24 @@
-"""Where a run begins: the device, and what it goes on from. What is not the user's doing is no user's error."""
+"""Where a run begins and ends: the device, what it goes on from, a disk that is full. What is not the user's doing is
+no user's error."""
 
 from __future__ import annotations
 
+import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from barlow import history, stop
 from barlow.config import Pretrain
 from barlow.data.shards import read_index
+from barlow.engine import loop, run
 from barlow.engine.checkpoint import Checkpoints
-from barlow.errors import BadNode, UserError
+from barlow.errors import BadNode, Preempted, UserError
+from barlow.files import read_json, read_status
+from barlow.recipes import PRETRAIN
 from barlow.stages import pretrain
 
 
@@ -48,3 +56,54 @@ def test_the_runs_own_checkpoint_that_one_rank_cannot_load_is_no_users_error(
     optimizer = pretrain.Lars(objective.parameters())
     with pytest.raises((OSError, RuntimeError), match=r"Input/output error|allocate"):
         pretrain.restore(checkpoints, objective, optimizer, config, read_index(tiny_data))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run of three steps that is about to begin, in this very process."""
+    monkeypatch.setattr(stop, "_told", "")
+    monkeypatch.setattr(stop, "_listening", True)
+    monkeypatch.setattr(loop, "AGAIN", 0.0)
+    config = PRETRAIN["shapes"]
+    config = replace(
+        config,
+        run="tiny",
+        runs_dir=str(tmp_path),
+        device="cpu",
+        epochs=1,
+        batch_size=32,
+        data=replace(config.data, dir=str(tiny_data), workers=1),
+        knn=replace(config.knn, every_epochs=0, baselines=False),
+        views=replace(config.views, size=32),
+        model=replace(config.model, width=0.125, projector=(32, 32)),
+    )
+    return run.prepare(config, "", Path(__file__).parents[2])
+
+
+def full_for(times: int, refused: list[str], monkeypatch: pytest.MonkeyPatch, state: str) -> None:
+    """The disk refuses so many writes of status.json with that state."""
+    whole = pretrain.write_status
+
+    def write_status(*words: Any, **changes: Any) -> bool:
+        if changes.get("state") == state and len(refused) < times:
+            refused.append(state)
+            raise OSError(28, "No space left on device")
+        return whole(*words, **changes)
+
+    monkeypatch.setattr(pretrain, "write_status", write_status)
+
+
+def test_a_disk_that_is_full_at_the_very_end_is_waited_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: list[str] = []
+    full_for(3, refused, monkeypatch, "finished")
+    pretrain.main(str(tiny))
+    assert len(refused) == 3
+    assert (read_status(tiny)["state"], read_json(tiny / "results.json")["steps"]) == ("finished", 3)
+    assert [event["event"] for event in history.read(tiny)] == ["start", "finished"]
+
+
+def test_a_run_that_is_told_to_stop_on_a_full_disk_still_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_for(99, [], monkeypatch, "preempted")
+    stop.note(signal.SIGTERM)
+    with pytest.raises(Preempted, match="SIGTERM; saved at step 1"):
+        pretrain.main(str(tiny))
