@@ -101,7 +101,7 @@ def main(run_folder: str) -> None:
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
     if holding:
-        checkpoints.prepare(state())
+        checkpoints.prepare({**state(), "optimizer": after_a_step(optimizer)})
     try:
         fit(
             step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, request,
@@ -248,6 +248,12 @@ def restore(
     load_weights(objective, stored["model"], str(path))
     optimizer.load_state_dict(stored["optimizer"])
     return stored["step"], [*told, f"going on from {path.name}"]
+
+
+def after_a_step(optimizer: Lars) -> dict[str, Any]:
+    """Its state as far as memory goes: before the first step it has no momentum."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {**optimizer.state_dict(), "state": {at: {"momentum": p} for at, p in enumerate(params)}}
 
 
 def describe(config: Pretrain, plan: Plan, objective: nn.Module, device: torch.device, start: int) -> str:

@@ -58,6 +58,20 @@ def test_the_runs_own_checkpoint_that_one_rank_cannot_load_is_no_users_error(
         pretrain.restore(checkpoints, objective, optimizer, config, read_index(tiny_data))
 
 
+def test_a_first_save_finds_memory_for_the_momentum_too(tmp_path: Path) -> None:
+    objective = pretrain.build(PRETRAIN["shapes"], torch.device("cpu"))
+    optimizer = pretrain.Lars(pretrain.weights_and_biases(objective), lr=0.1)
+    before = kinds(pretrain.after_a_step(optimizer)["state"])
+    for p in objective.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert before == kinds(optimizer.state_dict()["state"])
+
+
+def kinds(state: dict[int, dict[str, torch.Tensor]]) -> dict[tuple[int, str], Any]:
+    return {(at, name): (t.shape, t.stride(), t.dtype) for at, kept in state.items() for name, t in kept.items()}
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run of three steps that is about to begin, in this very process."""
