@@ -86,7 +86,9 @@ class Cutting:
         return half, lone, later, removed
 
     def power_cuts(self, resume: bool) -> int:
-        """After each call the power fails; another process goes on with what the disk may then hold."""
+        """After each call the power fails; another process goes on with what the disk may then hold.
+
+        Without `resume`: only what is there is looked at, up to the first checkpoint that is said to be written."""
         disk, reported, seen = self.before, 0, set()
         for at in self.calls:
             disk.apply(at)
@@ -108,6 +110,8 @@ class Cutting:
                     self.resume(what, reported)
                 else:
                     self.faults += [f"{what}: {fault}" for fault in intact(self.folder, reported)]
+            if reported and not resume:
+                break
         return len(seen)
 
     def resume(self, what: str, reported: int) -> None:
