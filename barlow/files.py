@@ -22,11 +22,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """A reader never sees half a file, a crash leaves the old one."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A reader never sees half a file, a crash leaves the old one."""
     fresh = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
     try:
-        with open(fresh, "w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
+        with open(fresh, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

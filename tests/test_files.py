@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(json, "dump", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"step": 2})
     assert read_json(path) == {"step": 1}

@@ -44,6 +44,9 @@ class Plan:
     def keeps(self, done: int) -> bool:
         return self.keep_every > 0 and done % self.keep_every == 0
 
+    def evaluates(self, done: int) -> bool:
+        return self.evaluate_every > 0 and done % self.evaluate_every == 0 and 0 < done < self.steps
+
 
 def fit(
     step: Step,
@@ -64,6 +67,9 @@ def fit(
     to stop, saves and raises Preempted."""
     saver = Saver(plan, start, state, checkpoints, recorder, pulse) if dist.rank() == 0 else None
     pending: list[tuple[int, Tensor, Mapping[str, Tensor], float, float]] = []
+    if plan.evaluates(start) and dist.broadcast(recorder.unevaluated):  # it was told to stop there
+        pulse.beat(start, "evaluate", plan.start_seconds)
+        recorder.amend(dict(evaluate()))
     clock = time.perf_counter()
     with stop.heeding():
         for at in range(start, plan.steps):
@@ -86,7 +92,7 @@ def fit(
             pending.append((done, loss.detach(), metrics, lrs[0], waited))
             stopping = request.agreed(last=done == plan.steps) and done < plan.steps
             log = done % plan.log_every == 0 or done == plan.steps
-            evaluating = plan.evaluate_every > 0 and done % plan.evaluate_every == 0 and done < plan.steps
+            evaluating = plan.evaluates(done) and not stopping  # the notice is for saving: whoever goes on evaluates
             saving = saver is not None and saver.due(done)
             if not (log or evaluating or saving or stopping):
                 continue

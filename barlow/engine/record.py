@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from barlow.engine.board import Board
 from barlow.engine.journal import DurableJournal, Journal
-from barlow.files import write_status
+from barlow.files import write_status, write_whole
 
 
 class Recorder:
@@ -35,9 +35,11 @@ class Recorder:
         self._pace: float | None = None  # seconds a step, smoothed
         self._last = (start, time.perf_counter())
         self._told = ""  # the fault that people have been told of
+        self._start = start
+        self._last_row: dict[str, Any] = {}  # of those that an earlier process wrote
         if rank > 0:
             return
-        cut_after(folder / "metrics.jsonl", start)
+        self._last_row = cut_after(folder / "metrics.jsonl", start)
         self._metrics = DurableJournal(folder / "metrics.jsonl")
         self._board = Board(folder / "tensorboard", start)
         if sys.stdout.isatty():
@@ -68,6 +70,27 @@ class Recorder:
         self._board.write(rows)
         self._show(rows[-1])
         self._tell()
+
+    @property
+    def unevaluated(self) -> bool:
+        """Whether the last row of an earlier process lacks the numbers of an evaluation."""
+        return self._last_row.get("step") == self._start and not any(name.startswith("knn") for name in self._last_row)
+
+    def amend(self, numbers: Mapping[str, Any]) -> None:
+        """Add an evaluation to the last row of an earlier process, before any other is written: whole or not at all,
+        for its checkpoint is on the disk and needs it."""
+        if self.rank > 0:
+            return
+        path, row = self._folder / "metrics.jsonl", {**self._last_row, **numbers}
+        self._metrics.close()
+        try:
+            before = path.read_bytes().splitlines(keepends=True)[:-1]
+            write_whole(path, b"".join([*before, (json.dumps(row) + "\n").encode()]))
+        except OSError as error:
+            self.say(f"warning: the row of step {row['step']} has no evaluation: {error}")
+        self._metrics = DurableJournal(path)
+        self._board.write([{"step": row["step"], **numbers}])
+        self._show(row)
 
     def saving(self, step: int) -> bool:
         """Before a checkpoint: whether the rows of its steps survive a crash of the machine; without them it must wait.
@@ -138,18 +161,20 @@ def let_go_of(stream: IO[str]) -> None:
         stream.flush()
 
 
-def cut_after(metrics: Path, step: int) -> None:
+def cut_after(metrics: Path, step: int) -> dict[str, Any]:
     """Drop the rows of steps that will be made again, and a last line that a crash left half written: in place, for
-    that needs no room."""
+    that needs no room. Returns the last that is left."""
     if not metrics.exists():
-        return
-    good = 0
+        return {}
+    good, last = 0, {}
     with open(metrics, "rb+") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                row = json.loads(line)
+                if not line.endswith(b"\n") or row["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
                 break
-            good += len(line)
+            good, last = good + len(line), row
         file.truncate(good)
+    return last
