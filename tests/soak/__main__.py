@@ -36,9 +36,10 @@ from tests.soak.verdict import RESULTS, Hit, record, row, show, verdict
 IMAGES = {"unlabeled": 192, "train": 48, "val": 48}
 BATCH = 32
 EPOCH = IMAGES["unlabeled"] // BATCH  # steps
+EVALUATION = 10 * EPOCH  # steps between two
 LOST = 10  # SlurmdTimeout: a silent node is down within half a minute
 DISK = 96  # MB
-TRAINING = 9.0  # seconds of training for each disturbance: while SLURM misses a node, the others go on
+TRAINING = 4.0  # seconds for each disturbance
 CONFIG = f"shapes --batch-size {BATCH} --log-every 1 --checkpoint.every-steps 10 --knn.no-baselines --data.source="
 CONFIG += " --data.workers 1 --views.size 32 --model.width 0.125 --model.projector 32 32 --device cpu"
 CONFIG += " --optim.warmup-epochs 1 --optim.lr 0.2 --optim.eta 0.001 --optim.no-clip --optim.lr-biases 0.0005"
@@ -110,38 +111,40 @@ def a_cluster(folder: Path) -> Iterator[bool]:
 def soak(folder: Path, given: argparse.Namespace, kinds: list[str], chance: random.Random) -> bool:
     """All of it; whether every line of the verdict holds."""
     make_data(folder / "data")
-    steps = given.steps or round(given.disturbances * TRAINING * rate_of(folder, chance))
+    rate = 0.9 * given.steps / given.disturbances / TRAINING or rate_of(folder, chance)
+    planned = plan(given, kinds, rate, chance)
+    steps = given.steps or planned[-1].due + round(2 * rate * (TRAINING + KINDS[planned[-1].kind].meanwhile))
     steps = -(-steps // EPOCH) * EPOCH
     undisturbed = give(folder, "undisturbed", steps, chance)
     undisturbed.wait_for_end()
     undisturbed.watch.over.set()
-    first = undisturbed.watch.steps[1][0]
-    whole = undisturbed.watch.steps[-1][0]
+    first, whole = undisturbed.watch.steps[1][0], undisturbed.watch.steps[-1][0]
     print(f"undisturbed: {steps} steps in {whole:.0f} s, the first after {first:.0f} s", flush=True)
 
-    planned = list(plan(given, kinds, steps, chance))
+    if not given.only:
+        planned.append(Hit(len(planned) + 1, "kill-at-end", "end", steps - 10))
     run = give(folder, "soak", steps, chance)
     hits: list[Hit] = []
     broken = ""
     try:
         for hit in planned:
+            wait_for(run, hit, first)
             hits.append(hit)
-            strike(run, hit, first)
+            strike(run, hit)
         run.wait_for_end()
     except (Broken, UserError) as error:
         broken = str(error)
-    restarts = devfaults.look(run.cluster, run.job).restarts
+    restarts = run.watch.job.restarts if broken else run.look().restarts
     run.watch.over.set()
     run.watch.join()
     for hit, later in zip(hits, [*(hit.restarts for hit in hits[1:]), restarts], strict=True):
         hit.after = later
-    rows = [row(hit, run) for hit in hits]
-    show(rows)
-    if given.record and not broken:
-        record(rows, given.seed)
+    rows = show([row(hit, run) for hit in hits])
     if broken:
-        print(f"FAILED in disturbance {hits[-1].number}, {hits[-1].kind} ({hits[-1].target}): {broken}")
+        print(f"FAILED after {len(hits)} disturbances: {broken}")
         return False
+    if given.record:
+        record(rows, given.seed)
     return verdict(run, undisturbed.folder, hits, restarts, given.disturbances)
 
 
@@ -166,15 +169,10 @@ def make_data(folder: Path) -> None:
 def give(folder: Path, name: str, steps: int, chance: random.Random) -> Run:
     """Give the command of a run, for the only time."""
     words = [*CONFIG.split(), "--run", name, "--runs-dir", str(folder / "runs"), "--epochs", str(steps // EPOCH)]
-    words += ["--data.dir", str(folder / "data" / "shards"), "--knn.every-epochs", str(evaluation(steps) // EPOCH)]
+    words += ["--data.dir", str(folder / "data" / "shards"), "--knn.every-epochs", str(EVALUATION // EPOCH)]
     # A rank that stops before its stage reads --watch.start has half an hour else.
     words += ["--setup", "export BARLOW_START_WITHIN=60"]
     return Run(words, folder / "cluster", folder / "runs" / name, steps, chance)
-
-
-def evaluation(steps: int) -> int:
-    """Steps between two."""
-    return max(1, steps // EPOCH // 10) * EPOCH
 
 
 def rate_of(folder: Path, chance: random.Random) -> float:
@@ -186,29 +184,30 @@ def rate_of(folder: Path, chance: random.Random) -> float:
     return statistics.median(json.loads(line)["images_per_sec"] for line in lines) / BATCH
 
 
-def plan(given: argparse.Namespace, kinds: list[str], steps: int, chance: random.Random) -> Iterator[Hit]:
-    """Every kind before any comes again, over the whole length of the run; with all kinds one more, at its very end."""
+def plan(given: argparse.Namespace, kinds: list[str], rate: float, chance: random.Random) -> list[Hit]:
+    """Every kind before any comes again, at random moments of a run that makes so many steps a second."""
     deck: list[str] = []
-    moments = sorted(chance.random() for _ in range(given.disturbances))
+    hits: list[Hit] = []
+    moments = sorted(chance.uniform(0, given.disturbances * TRAINING) for _ in range(given.disturbances))
+    meanwhile = 0.0
     for number, moment in enumerate(moments, 1):
         deck = deck or chance.sample(kinds, len(kinds))
         aim = chance.choices(list(AIMS), list(AIMS.values()))[0]
-        due = round(0.9 * steps * moment)
+        due = round(rate * (moment + meanwhile))
         if aim == "evaluate":
-            due = (due // evaluation(steps) + 1) * evaluation(steps) - 1  # the last one recorded before it
-        yield Hit(number, deck.pop(), aim, due)
-    if not given.only:
-        yield Hit(given.disturbances + 1, "kill-at-end", "end", steps - 10)
+            due = (due // EVALUATION + 1) * EVALUATION - 1  # the last one recorded before it
+        hits.append(Hit(number, deck.pop(), aim, due))
+        meanwhile += 0.0 if given.steps else KINDS[hits[-1].kind].meanwhile
+    return hits
 
 
-def strike(run: Run, hit: Hit, startup: float) -> None:
-    """Wait for the moment, disturb, and wait until that has ended this start of the job, if it must."""
-    wait_for(run, hit, startup)
+def strike(run: Run, hit: Hit) -> None:
+    """Disturb, and wait until that has ended this start of the job, if it must."""
     hit.restarts, hit.step, hit.at = run.look().restarts, last_step(run.folder), time.monotonic() - run.watch.began
-    if hit.aim != "end":
-        hit.aim = (
-            "start" if not run.trains() else "evaluate" if (hit.step + 1) % evaluation(run.steps) == 0 else hit.aim
-        )
+    if not run.trains():
+        hit.aim = "start"
+    elif (hit.step + 1) % EVALUATION == 0:
+        hit.aim = "evaluate"
     kind = KINDS.get(hit.kind, END)
     # A run cannot start where nothing can be written.
     hit.ends = None if hit.kind == "disk-full" and hit.aim == "start" else kind.ends
@@ -216,7 +215,7 @@ def strike(run: Run, hit: Hit, startup: float) -> None:
     print(told, end="  ", flush=True)
     hit.target = kind.strike(run)
     print(hit.target, flush=True)
-    if hit.ends and not until(lambda: run.look().restarts > hit.restarts, PATIENCE):
+    if hit.ends and not until(lambda: run.look().restarts > hit.restarts or run.finished(), PATIENCE):
         hit.fault = f"has not ended start {hit.restarts} within {PATIENCE:.0f} s"
         print(f"         {hit.fault}", flush=True)
         for rank in devfaults.ranks(run.job, hit.restarts).values():

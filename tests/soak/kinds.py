@@ -21,6 +21,7 @@ from tests.soak.run import RANKS, Run, last_step, send
 class Kind:
     strike: Callable[[Run], str]
     ends: bool | None  # None: it may
+    meanwhile: float = 0.0  # seconds of training that the run may make before it ends, or while it lasts
 
 
 def to_one(number: signal.Signals) -> Callable[[Run], str]:
@@ -216,21 +217,21 @@ KINDS = {
     "kill-all": Kind(kill_all, ends=True),
     "stop-rank": Kind(to_one(signal.SIGSTOP), ends=True),  # until the watchdog finds it
     "freeze-rank": Kind(freeze_rank, ends=True),
-    "pause-rank": Kind(pause_rank, ends=False),
+    "pause-rank": Kind(pause_rank, ends=False, meanwhile=1),
     "kill-watchdog": Kind(kill_watchdog, ends=False),
     "kill-srun": Kind(kill_srun, ends=True),
     "preempt": Kind(preempt(0), ends=True),
     "preempt-grace": Kind(preempt(15), ends=True),
     "requeue": Kind(requeue, ends=True),
-    "time-limit": Kind(time_limit, ends=True),
-    "slurmd-blink": Kind(slurmd_blink, ends=False),
+    "time-limit": Kind(time_limit, ends=True, meanwhile=60),
+    "slurmd-blink": Kind(slurmd_blink, ends=False, meanwhile=7),
     "slurmd-restart": Kind(slurmd_restart, ends=False),
-    "slurmd-down": Kind(slurmd_down(batch=False), ends=True),
-    "slurmd-down-batch": Kind(slurmd_down(batch=True), ends=True),
-    "node-lost": Kind(node_lost, ends=True),
-    "slurmctld": Kind(slurmctld, ends=False),
-    "slurmctld-requeue": Kind(slurmctld_requeue, ends=True),
-    "disk-full": Kind(disk_full, ends=False),
+    "slurmd-down": Kind(slurmd_down(batch=False), ends=True, meanwhile=40),
+    "slurmd-down-batch": Kind(slurmd_down(batch=True), ends=True, meanwhile=40),
+    "node-lost": Kind(node_lost, ends=True, meanwhile=40),
+    "slurmctld": Kind(slurmctld, ends=False, meanwhile=15),
+    "slurmctld-requeue": Kind(slurmctld_requeue, ends=True, meanwhile=8),
+    "disk-full": Kind(disk_full, ends=False, meanwhile=9),
     "damage": Kind(damage, ends=True),
 }
 END = Kind(kill_at_end, ends=None)

@@ -64,10 +64,12 @@ def row(hit: Hit, run: Run) -> dict[str, Any]:
     }
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the table, and return it."""
+    widths = {key: max(len(str(row[key])) for row in [{key: key}, *rows]) for row in rows[:1] for key in row}
     for line in [{key: key for key in widths}, *rows]:
         print("  ".join(str(line[key]).ljust(width) for key, width in widths.items())[:220].rstrip())
+    return rows
 
 
 def verdict(run: Run, undisturbed: Path, hits: list[Hit], restarts: int, wanted: int) -> bool:
