@@ -299,14 +299,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoi
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_told_and_never_a_finished_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_is_told_and_waited_for(tiny_data: Path, tmp_path: Path) -> None:
+    """No checkpoint fits, the run goes on; at its end it waits for room, and finishes only when it is on the disk."""
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)]).returncode:
         pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "full"
     try:
         flags = ("--run", "full", "--cluster", "local", "--model.projector", "2048", "256", "--checkpoint.keep", "9")
-        done = pretrain(tiny_data, tmp_path, *flags, fine=False)
-        one_line(done, "No space left on device")
-        assert json.loads((tmp_path / "full" / "status.json").read_text())["state"] == "failed"
-        assert not (tmp_path / "full" / "results.json").exists()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        told: list[str] = []
+        words, pipe = command(tiny_data, tmp_path, *flags), subprocess.PIPE
+        with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=pipe, text=True) as started:
+            assert started.stdout is not None
+            for line in started.stdout:
+                told.append(line)
+                if "the end of the run is not on disk yet" in line:
+                    break
+            assert json.loads((folder / "status.json").read_text())["state"] == "running"
+            assert not (folder / "results.json").exists()
+            subprocess.run(["mount", "-o", "remount,size=64m", str(tmp_path)], check=True)
+            told += started.stdout.readlines()
+        assert started.returncode == 0, told
+        assert any("No space left on device" in line for line in told), told
+        assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+        assert len(losses(folder)) == 12
+        assert weights(folder)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
