@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from barlow.data.chance import Use, permutation, philox, uniform, words
+from barlow.data.chance import Use, permutation, philox, seed_of_step, uniform, words
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors, philox4x32 with 10 rounds
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -71,7 +71,7 @@ def test_no_two_draws_share_their_words() -> None:
         for lane in (0, 1)
     ]
     rows = torch.cat(drawn)
-    assert len(rows.unique(dim=0)) == len(rows) == 4 * 2 * 3 * 2 * 50 * 3
+    assert len(rows.unique(dim=0)) == len(rows) == 4 * len(Use) * 3 * 2 * 50 * 3
 
 
 def test_uses_have_their_own_numbers() -> None:
@@ -143,3 +143,10 @@ def test_words_are_the_same_on_a_gpu() -> None:
     here, there = (words(123, Use.VIEWS, 7, index.to(device), slots=3, lane=1) for device in ("cpu", "cuda"))
     assert torch.equal(here, there.cpu())
     assert torch.equal(uniform(here), uniform(there).cpu())
+
+
+def test_the_seed_of_a_step_is_its_own() -> None:
+    seeds = {seed_of_step(seed, step, rank) for seed in (0, 1) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 2 * 50 * 8
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert seed_of_step(3, 7, 2) == seed_of_step(3, 7, 2)
