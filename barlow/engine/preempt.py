@@ -34,8 +34,9 @@ class StopRequest:
             told, self._asked = bool(flag), None
         if not (last or told):
             flag = torch.tensor(int(bool(stop.told())))
-            self._asked = flag, torch.distributed.all_reduce(
-                flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+            self._asked = (
+                flag,
+                torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True),
             )
         return told
 
