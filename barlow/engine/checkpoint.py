@@ -35,6 +35,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
         self.every = every
+        self.broken: str = ""  # what of a state was not finite: a run that is beyond help
         self.failed: str = ""  # why the newest save did not reach the disk
         self.saved: int | None = None  # the newest step that did
         self.seconds = 0.0  # from the beginning of that save to when it was durable
@@ -137,6 +138,9 @@ class Checkpoints:
         """On the thread: whatever happens, the loop must hear of it."""
         try:
             size = self._write(step, began, first)
+        except FloatingPointError as error:
+            self.broken = str(error)
+            return
         except BaseException as error:
             self.failed = f"the checkpoint of step {step} was not written: {error}"
             self._news.append(f"warning: {self.failed}")
@@ -158,7 +162,9 @@ class Checkpoints:
         try:
             with open(fresh, "wb") as file:
                 hashing = _Hashing(file)
-                torch.save(self._snapshot.settle(), cast(IO[bytes], hashing))
+                state = self._snapshot.settle()
+                _refuse_non_finite(state, step)
+                torch.save(state, cast(IO[bytes], hashing))
                 file.flush()
                 os.fsync(file.fileno())
             told = {"file": path.name, "step": step, "bytes": hashing.bytes, "sha256": hashing.sha.hexdigest()}
@@ -191,6 +197,13 @@ class Checkpoints:
                 elif stem not in keep:
                     file.unlink(missing_ok=True)
         self._damaged &= keep - later
+
+
+def _refuse_non_finite(state: Mapping[str, Any], step: int) -> None:
+    """A finite loss can still leave broken weights behind: never let them replace a good checkpoint."""
+    weights = [tensor for tensor in state.get("model", {}).values() if tensor.is_floating_point()]
+    if weights and not torch.stack([norm.float() for norm in torch._foreach_norm(weights)]).isfinite().all():
+        raise FloatingPointError(f"weights are not finite after step {step}; the last good checkpoint is kept")
 
 
 def load(path: Path) -> dict[str, Any]:

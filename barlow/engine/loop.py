@@ -108,13 +108,13 @@ def fit(
                 rows[-1].update(evaluate())
             recorder.write(rows)
             if stopping:
-                lost = saver.save_and_leave(done, optimizer) if saver else ""
+                lost = saver.save_and_leave(done) if saver else ""
                 raise Preempted(request.signal, saver.saved if saver else done, lost)
             if saver and saving:
-                saver.save(done, optimizer)
+                saver.save(done)
             clock = time.perf_counter()
         if saver and start < plan.steps:
-            saver.finish(optimizer)
+            saver.finish()
         pulse.beat(plan.steps, "save", PATIENCE + plan.start_seconds)
         request.meet()
 
@@ -155,11 +155,10 @@ class Saver:
             return False
         return now - self.began > AGAIN if self.checkpoints.failed else self.owed
 
-    def save(self, done: int, optimizer: torch.optim.Optimizer) -> None:
+    def save(self, done: int) -> None:
         began = time.perf_counter()
         self.pulse.beat(done, "save", self.plan.start_seconds)
         self.tell()
-        refuse_non_finite(optimizer, done)
         self.owed, self.began = False, time.monotonic()
 
         def rows() -> None:
@@ -169,11 +168,11 @@ class Saver:
 
         self.checkpoints.save(done, self.state(), began, rows)
 
-    def save_and_leave(self, done: int, optimizer: torch.optim.Optimizer) -> str:
+    def save_and_leave(self, done: int) -> str:
         """The last save of a run that is told to stop; returns why it was lost, empty if it was not."""
         self.pulse.beat(done, "save", self.plan.start_seconds)
         self.checkpoints.wait()
-        self.save(done, optimizer)
+        self.save(done)
         lost = ""
         try:
             self.checkpoints.finish()
@@ -182,11 +181,11 @@ class Saver:
         self.tell()
         return lost
 
-    def finish(self, optimizer: torch.optim.Optimizer) -> None:
+    def finish(self) -> None:
         """Until the end of the run is on disk."""
 
         def save() -> None:
-            if lost := self.save_and_leave(self.plan.steps, optimizer):
+            if lost := self.save_and_leave(self.plan.steps):
                 raise OSError(lost)
 
         patiently(save, self.recorder.say)
@@ -195,6 +194,8 @@ class Saver:
         """What became of earlier saves; once, that they take longer than a preemption allows."""
         for line in self.checkpoints.take_news():
             self.recorder.say(line)
+        if self.checkpoints.broken:
+            raise FloatingPointError(self.checkpoints.broken)
         notice = stop.shortest_notice()
         if notice and self.checkpoints.seconds > stop.SHARE * notice and not self.warned:
             self.warned = True
@@ -232,10 +233,3 @@ def settle(
     for row in rows:  # the wall time of the window, shared out evenly
         row["images_per_sec"] = round(plan.batch_size * len(rows) / seconds, 1)
     return rows
-
-
-def refuse_non_finite(optimizer: torch.optim.Optimizer, done: int) -> None:
-    """A finite loss can still leave broken weights behind: never let them replace a good checkpoint."""
-    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-    if not torch.stack([norm.float() for norm in torch._foreach_norm(weights)]).isfinite().all():
-        raise FloatingPointError(f"weights are not finite after step {done}; the last good checkpoint is kept")
