@@ -4,11 +4,11 @@ The first number of results.json is the one that counts, and more of it is bette
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from barlow.files import read_json
+from barlow.files import leaves, read_json
 from slurm import facts, runs, table
 from slurm.runs import Run
 
@@ -47,14 +47,6 @@ def merit(row: Mapping[str, Any]) -> tuple[float, float]:
     if row["state"] != "finished":
         return (0.0, 0.0)
     return (-next(iter(row["results"].values()), float("-inf")), row["loss"] if row["loss"] is not None else 0.0)
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def text(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from barlow import history
 from barlow.errors import UserError
-from barlow.files import read_json, read_status, write_json, write_status
+from barlow.files import leaves, read_json, read_status, write_json, write_status
 
 Config = TypeVar("Config")
 
@@ -83,14 +83,6 @@ def compare(stored: Mapping[str, Any], asked: Mapping[str, Any], name: str) -> N
     if differ:
         told = ", ".join(f"{key} {old.get(key)} there, {new.get(key)} here" for key in differ)
         raise UserError(f"run {name!r} exists with another config ({told}): choose another --run, or the same values")
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def load_config(folder: Path, kind: type[Config]) -> Config:
