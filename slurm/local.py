@@ -20,7 +20,7 @@ from barlow import history
 from barlow.errors import UserError
 from barlow.files import read_status, write_json, write_status
 from barlow.stop import STOPPED
-from slurm.states import read_failure, record_killed
+from slurm.states import BY_WATCHDOG, read_failure, record_killed
 
 GRACE = 5.0  # seconds between asking a rank to end and killing it, after another has failed
 LEAVING = 30.0  # the same after this process was told to end: ranks save first
@@ -251,8 +251,7 @@ def outcome(folder: Path, attempt: str, ended: Sequence[Ended]) -> tuple[int, st
     """The exit code, and what history calls this end."""
     bad = [end for end in ended if end.code not in (0, STOPPED)]
     failure = read_failure(folder, attempt)
-    stuck = failure.get("kind") == "stuck"
-    if failure and bad and (stuck or bad[0].code not in KILLED):
+    if failure and bad and (failure["kind"] in BY_WATCHDOG or bad[0].code not in KILLED):
         return show_failure(failure), "failed"
     if bad:
         rank, code = bad[0].rank, bad[0].code

@@ -24,7 +24,7 @@ from barlow.stop import SIGNALS, STOPPED
 from slurm import scontrol
 from slurm.follow import first_words, killed_rank
 from slurm.job import attempt, job_name
-from slurm.states import read_failure, record_killed, why_told
+from slurm.states import BY_WATCHDOG, read_failure, record_killed, why_told
 
 WAIT = 300.0  # seconds for SLURM to end a preempted job that cannot ask to go back; more than most grace times
 TWICE = 2  # failures of ranks on a node after which the job avoids it
@@ -82,7 +82,7 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
                 failure["rank"], failure["host"]) if failure else None  # fmt: skip
     if failure and failure["exit_code"] == 2:
         return End("user", failure["error"], failure["rank"], failure["host"])
-    if known and known.kind in ("stuck", "hung", "node"):
+    if known and known.kind in (*BY_WATCHDOG, "node"):
         return known
     if known and failure["told"]:
         return End("stopped", failure["told"])

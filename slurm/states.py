@@ -12,6 +12,7 @@ from typing import Any
 
 from barlow.files import read_json, write_json, write_status
 
+BY_WATCHDOG = ("stuck", "hung")  # kinds of failure that a watchdog records before it kills the rank
 UNREACHABLE = "UNREACHABLE"  # ours, for a slurmctld that does not answer just now
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", UNREACHABLE}
 ACTIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "PREEMPTED"}

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from barlow.files import read_status
 from slurm import local
+from slurm.local import Ended, outcome
+from slurm.states import record_failure
 
 Run = Callable[..., tuple[int, str, str]]
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -197,3 +200,14 @@ def test_dry_run_creates_nothing(tmp_path: Path, run: Run) -> None:
     assert out.count("-m slurm.job fake_stage") == 2
     assert "RANK=1 WORLD_SIZE=2" in out
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["stuck", "hung"])
+def test_what_a_watchdog_found_is_the_reason_of_its_kill(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    folder = make_run(kind)
+    record_failure(folder, "here-1", 1, "has not moved for 9 s", "trace\n", 1, kind=kind)
+    assert outcome(folder, "here-1", [Ended(0, -signal.SIGKILL)]) == (1, "failed")
+    assert "failed first:\ntrace" in capsys.readouterr().err
+    assert "has not moved" in read_status(folder)["why"]
