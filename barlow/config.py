@@ -20,6 +20,8 @@ class Data:
     """Splits to pretrain on."""
     workers: int = 0
     """Decoding threads a rank; 0: this rank's share of the cores it may use."""
+    cache: Literal["none", "ram", "gpu"] = "none"
+    """Where a rank keeps its splits decoded, as uint8, from the start on: in memory, or on its GPU."""
     stage: str = ""
     """A folder on each node's own disk to copy the shards to first, such as /local/scratch; empty: read them where they
     are."""
@@ -95,6 +97,20 @@ class Lars:
     warmup_epochs: float = 10
     end_lr: float = 0.001
     """Where the cosine ends, as a share of the peak."""
+    backend: Literal["auto", "fused", "apex", "foreach"] = "auto"
+    """Our CUDA kernels, NVIDIA's apex, or torch's foreach functions; auto: the first that this machine has."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How a step is carried out, not what it computes; auto: yes on a GPU."""
+
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for backbone, projector and loss."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """CUDA graphs of what is compiled."""
+    views: Literal["auto", "fused", "reference"] = "auto"
+    """Views by our CUDA kernel, or by torch's operations."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,7 @@ class Pretrain:
     model: Model = field(default_factory=Model)
     objective: BarlowTwins = field(default_factory=BarlowTwins)
     optim: Lars = field(default_factory=Lars)
+    speed: Speed = field(default_factory=Speed)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     watch: Watch = field(default_factory=Watch)
     preflight: Preflight = field(default_factory=Preflight)
