@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# ./setup.sh [test]: makes .venv with everything Barlow needs; with `test` also what its tests need, SLURM included.
+# ./setup.sh [bench|test]: makes .venv with everything Barlow needs; with `bench` also the peers it is compared with,
+# with `test` these and what its tests need, SLURM included.
 # Takes about two minutes on a fresh machine, nothing the second time. Installs system packages only as root on Debian or
 # Ubuntu; otherwise it prints the line to run.
 set -euo pipefail
@@ -53,8 +54,12 @@ install() { "$uv" pip install -q --python .venv/bin/python "$@"; }
 echo "installing Python packages into .venv"
 install 'torch>=2.9' torchvision timm numba opencv-python       # the large ones, while the system's packages arrive
 wait "$apt"
-if [ "$what" = test ]; then install -e '.[dev]'; else install -e .; fi
+case $what in
+    test) install -e '.[dev,bench]' ;;
+    bench) install -e '.[bench]' ;;
+    *) install -e . ;;
+esac
 .venv/bin/python -c 'import ffcv, torch'
-printf '%s' "$stamp" >"$ready"
-[ "$what" = test ] && printf '%s' "$stamp" >.venv/.ready-run
+[ "$what" != test ] || printf '%s' "$stamp" >.venv/.ready-bench
+printf '%s' "$stamp" | tee .venv/.ready-run >"$ready"
 echo "ready: .venv"
