@@ -24,7 +24,7 @@ class Kernels:
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
         image = build.image(name, torch.cuda.get_device_capability(device))
-        torch.zeros(1, device=device)  # torch has made its context by then
+        torch.cuda.synchronize(device)  # torch has made its context by then
         ordinal, self.context, self.module = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         check(driver().cuDeviceGet(ctypes.byref(ordinal), device.index))
         check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(self.context), ordinal))
