@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from barlow import config
 from barlow.errors import UserError
-from barlow.models import backbone
+from barlow.models import backbone, resnet
 
 PLAIN = config.Model(backbone="resnet18", stem="imagenet")
 
@@ -47,7 +49,9 @@ def count(model: nn.Module) -> int:
         ("cifar", [32, 32, 32, 16, 8, 4], [96, 96, 96, 48, 24, 12]),
     ],
 )
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d"])  # a plain stem of its own, and a deep one
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet26d", "resnetaa34d"]
+)  # a plain stem of its own, and a deep one; one that timm builds
 def test_feature_maps_of_each_stem(name: str, stem: Any, at_32: list[int], at_96: list[int]) -> None:
     assert sides(build_empty(config.Model(backbone=name, stem=stem)), 32) == at_32
     assert sides(build_empty(config.Model(backbone=name, stem=stem)), 96) == at_96
@@ -82,11 +86,46 @@ def test_the_imagenet_stem_is_timm_s_model_number_for_number() -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize("name", ["resnet10t", "resnet26d", "wide_resnet50_2", "resnext50_32x4d"])
+def test_our_networks_are_timm_s_number_for_number(name: str) -> None:
+    """Weights, what they make of images, and the state of the random numbers afterwards."""
+    torch.manual_seed(3)
+    ours, after = backbone.build(replace(PLAIN, backbone=name)), torch.rand(3)
+    torch.manual_seed(3)
+    theirs: nn.Module = timm.create_model(name, num_classes=0, zero_init_last=False)
+    assert torch.equal(torch.rand(3), after)
+    assert all(torch.equal(w, theirs.state_dict()[key]) for key, w in ours.state_dict().items())
+    images = torch.randn(2, 3, 33, 33)
+    assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("name", resnet.NETWORKS)
+def test_weights_of_every_network_of_ours_fit_timm_s(name: str) -> None:
+    ours = build_empty(replace(PLAIN, backbone=name))
+    with torch.device("meta"):
+        theirs = timm.create_model(name, num_classes=0)
+    assert [(k, w.shape) for k, w in ours.state_dict().items()] == [
+        (k, w.shape) for k, w in theirs.state_dict().items()
+    ]
+    assert ours.num_features == theirs.num_features
+
+
+def test_a_rank_starts_without_timm_and_without_torch_s_compiler() -> None:
+    """They would take longer to import than all the rest."""
+    lines = ["import sys", "from barlow import config", "from barlow.models import backbone"]
+    lines += ["from barlow.stages import pretrain", "backbone.build(config.Model())"]
+    lines += ["print([name for name in ('timm', 'torchvision', 'torch._dynamo') if name in sys.modules])"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 def test_a_deep_stem_stays_deep_and_a_small_one_is_one_convolution() -> None:
     deep = config.Model(backbone="resnet26d", stem="imagenet")
-    assert isinstance(build_empty(deep).conv1, nn.Sequential)
-    assert isinstance(build_empty(replace(deep, stem="small")).conv1, nn.Conv2d)
-    assert isinstance(build_empty(replace(deep, stem="imagenet", width=0.5)).conv1, nn.Sequential)
+    for name in ("resnet26d", "seresnet50t"):  # ours, timm's
+        model = replace(deep, backbone=name)
+        assert isinstance(build_empty(model).conv1, nn.Sequential)
+        assert isinstance(build_empty(replace(model, stem="small")).conv1, nn.Conv2d)
+        assert isinstance(build_empty(replace(model, stem="imagenet", width=0.5)).conv1, nn.Sequential)
 
 
 def test_zero_init_residual() -> None:
@@ -99,7 +138,9 @@ def test_zero_init_residual() -> None:
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small", "dense", "cifar"])
-@pytest.mark.parametrize(("name", "features"), [("resnet18", 512), ("resnet50", 2048), ("resnet26d", 2048)])
+@pytest.mark.parametrize(
+    ("name", "features"), [("resnet18", 512), ("resnet50", 2048), ("resnet26d", 2048), ("resnetblur18", 512)]
+)
 def test_width_multiplies_stem_and_stages(name: str, features: int, stem: Any) -> None:
     for width in (0.5, 2.0):
         model = build_empty(config.Model(backbone=name, stem=stem, width=width))
