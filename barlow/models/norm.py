@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,7 +22,11 @@ def synchronise(model: nn.Module) -> nn.Module:
     if dist.world_size() == 1:
         return model
     if any(parameter.is_cuda for parameter in model.parameters()):
-        return convert_sync_batchnorm(model)
+        if any(_has_activation(module) for module in model.modules()):
+            from timm.layers import convert_sync_batchnorm  # imported already, if its layers are
+
+            return convert_sync_batchnorm(model)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return _converted(model)
 
 
@@ -116,13 +119,18 @@ class _Normalise(torch.autograd.Function):
         return x_grad, *((None, None) if weight is None else (weight_grad, bias_grad)), None, None
 
 
+def _has_activation(module: nn.Module) -> bool:
+    """timm's BatchNormAct2d, without the seconds that its import takes."""
+    return isinstance(module, _BatchNorm) and hasattr(module, "act")
+
+
 def _converted(module: nn.Module) -> nn.Module:
     """`module` with its batch norms replaced, at any depth."""
     if not isinstance(module, _BatchNorm):
         for name, child in module.named_children():
             setattr(module, name, _converted(child))
         return module
-    kind = GlobalBatchNormAct if isinstance(module, BatchNormAct2d) else GlobalBatchNorm
+    kind = GlobalBatchNormAct if _has_activation(module) else GlobalBatchNorm
     twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
     if isinstance(twin, GlobalBatchNormAct):
         twin.drop, twin.act = module.get_submodule("drop"), module.get_submodule("act")
