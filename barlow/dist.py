@@ -22,6 +22,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+_bulk: Any = None
+
 
 def init(device: torch.device, timeout: float = 600.0) -> None:
     """Join the group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; alone, do nothing.
@@ -29,6 +31,7 @@ def init(device: torch.device, timeout: float = 600.0) -> None:
     nccl for a CUDA device, gloo otherwise. A rank that waits longer than `timeout` seconds for another one, here or in
     a collective, fails.
     """
+    global _bulk
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     interface = _interface_towards(os.environ["MASTER_ADDR"])
@@ -37,13 +40,17 @@ def init(device: torch.device, timeout: float = 600.0) -> None:
     if device.type == "cuda":
         device = torch.device("cuda", local_rank() if device.index is None else device.index)
         torch.cuda.set_device(device)
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")  # two queues on a GPU never wait for each other
         torch.distributed.init_process_group("nccl", timeout=timedelta(seconds=timeout), device_id=device)
-        return
-    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    else:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    _bulk = torch.distributed.new_group(timeout=timedelta(seconds=timeout))
 
 
 def shutdown() -> None:
     """Leave the group, if there is one."""
+    global _bulk
+    _bulk = None
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -69,6 +76,15 @@ def node() -> str:
 def host_group() -> Any:
     """A group of all ranks that speaks from host memory, so that no GPU is waited for; None when alone."""
     return torch.distributed.new_group(backend="gloo") if world_size() > 1 else None
+
+
+def bulk() -> Any:
+    """A group of all ranks for what is large and not waited for at once: gradients, embeddings. None when alone.
+
+    To NCCL a group is a queue. In one queue with them, the statistics of the next batch norm, which are waited for at
+    once, would come after hundreds of megabytes, and nothing would be hidden behind anything.
+    """
+    return _bulk
 
 
 def barrier() -> None:
@@ -112,6 +128,20 @@ def replicated_sum(x: Tensor) -> Tensor:
 def gather(x: Tensor) -> Tensor:
     """The ranks' `x` [n, ...], n the same on all, joined in rank order: [W n, ...]. Gradients are summed over ranks."""
     return x if world_size() == 1 else _Gather.apply(x)
+
+
+class Gathering:
+    """The ranks' `x` [n, ...] on their way here, n the same on all; `rows()` waits: [W n, ...], without gradient."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._own = x.detach().contiguous()  # kept until it has been sent
+        self._rows = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
+        gather = torch.distributed.all_gather_into_tensor
+        self._work: Any = gather(self._rows, self._own, group=bulk(), async_op=True)
+
+    def rows(self) -> Tensor:
+        self._work.wait()  # on a GPU it is the stream that waits, not the host
+        return self._rows
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -49,6 +49,28 @@ def reductions() -> dict[str, Any]:
     }
 
 
+def gatherings() -> list[Tensor]:
+    """Three under way at once, other collectives between them, waited for in another order."""
+    rank = dist.rank()
+    x = (part(rank).bfloat16(), part(rank).requires_grad_().t(), torch.tensor([rank]))
+    begun = [dist.Gathering(each) for each in x]
+    total = dist.all_reduce_sum(torch.tensor([1.0]))
+    arrived = [each.rows() for each in reversed(begun)]
+    assert not any(rows.requires_grad for rows in arrived)
+    assert dist.bulk() is not None
+    return [*reversed(arrived), total]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_what_is_gathered_in_the_background(on_ranks: Ranks, world_size: int) -> None:
+    parts = [part(r) for r in range(world_size)]
+    for narrow, transposed, ranks, total in on_ranks(world_size, gatherings):
+        assert torch.equal(narrow, torch.cat(parts).bfloat16())
+        assert torch.equal(transposed, torch.cat([each.t() for each in parts]))
+        assert ranks.tolist() == list(range(world_size))
+        assert float(total) == world_size
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_reductions_and_their_gradients(on_ranks: Ranks, world_size: int) -> None:
     answers = on_ranks(world_size, reductions)
@@ -88,6 +110,7 @@ def test_alone_there_is_no_group_and_nothing_happens(monkeypatch: pytest.MonkeyP
     assert dist.replicated_sum(x) is x
     assert dist.gather(x) is x
     assert dist.highest(3) == 3
+    assert dist.bulk() is None
     assert dist.broadcast("word") == "word"
     dist.barrier()
     dist.shutdown()

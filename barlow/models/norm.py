@@ -49,6 +49,15 @@ def moments(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     return global_mean, global_variance, total
 
 
+def standardised(x: Tensor, mean: Tensor, inverse: Tensor, count: int) -> Tensor:
+    """(x - mean) * inverse for this rank's x [n, C], the statistics being those of all ranks' `count` samples.
+
+    It is differentiated through the statistics too, with one small collective.
+    """
+    y: Tensor = _Standardise.apply(x, mean, inverse, count)
+    return y
+
+
 class GlobalBatchNorm(_BatchNorm):
     """Batch norm of any number of dimensions over the global batch; in eval mode it is plain batch norm."""
 
@@ -85,6 +94,23 @@ class GlobalBatchNormAct(GlobalBatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act(self.drop(super().forward(x)))
         return y
+
+
+class _Standardise(torch.autograd.Function):
+    """`_Normalise` without its weights, in plain operations: torch's kernel for CUDA insists on weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, inverse: Tensor, count: int) -> Tensor:
+        y = (x - mean) * inverse
+        ctx.save_for_backward(y, inverse)
+        ctx.count = count
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        y, inverse = ctx.saved_tensors
+        along, shift = dist.all_reduce_sum(torch.stack([(grad * y).sum(0), grad.sum(0)])) / ctx.count  # [C] each
+        return (grad - y * along - shift) * inverse, None, None, None
 
 
 class _Normalise(torch.autograd.Function):
