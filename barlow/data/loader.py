@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from barlow.data.decode import Samples, compile_decode, map_file, read_samples
+from barlow.data.layout import RAW
 from barlow.data.shards import Index
 from barlow.errors import UserError
 
 AHEAD = 3
 """Batches in the making while the consumer works on another."""
+FAR_AHEAD = 64
+"""Positions of that many batches are known before: the first of an epoch wait for the order of all of it, which takes
+longer than a batch."""
+T = TypeVar("T")
 
 
 class DecodeError(RuntimeError):
@@ -68,47 +75,41 @@ class Loader:
     def __len__(self) -> int:
         return len(self.samples.ids)
 
-    def batches(self, positions: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def batches(self, positions: Iterable[np.ndarray]) -> Generator[Batch, None, None]:
         """A batch for each array of positions, in memory of its own.
 
         What goes wrong in the background (an image, the positions) is raised here, after the batches before it. Closing
         this iterator, early or not, ends what works for it.
         """
-        started: SimpleQueue[Started | BaseException | None] = SimpleQueue()
-        room = threading.Semaphore(AHEAD)
-        closed = threading.Event()
         spare: deque[np.ndarray] = deque(maxlen=AHEAD + 2)
+        working: deque[Started] = deque()
 
-        def produce() -> None:
-            try:
-                for wanted in positions:
-                    room.acquire()
-                    if closed.is_set():
-                        return
-                    started.put(self._start(wanted, spare))
-                started.put(None)
-            except BaseException as error:  # of any kind, or the consumer would wait for ever
-                started.put(error)
+        def start(positions: Iterable[np.ndarray]) -> Iterator[Started]:
+            for wanted in positions:
+                started = self._start(wanted, spare)
+                working.append(started)
+                yield started
 
-        at_exit = sys.is_finalizing  # kept here: a module's names are gone when Python ends
-        producer = threading.Thread(target=produce, name="batches", daemon=True)
-        producer.start()
         try:
-            while (item := started.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                self._finish(item)
-                room.release()
-                yield item.batch
+            with closing(ahead(positions, FAR_AHEAD)) as orders, closing(ahead(start(orders), AHEAD)) as queue:
+                for started in queue:
+                    working.popleft()
+                    self._finish(started)
+                    yield started.batch
         finally:
-            closed.set()
-            room.release()
-            if not at_exit():  # Python has stopped the thread for good then; to wait for it would be for ever
-                producer.join()
-            while not started.empty():
-                if isinstance(unwanted := started.get(), Started):
-                    for part in unwanted.parts:
-                        part.cancel()
+            for unwanted in working:
+                for part in unwanted.parts:
+                    part.cancel()
+
+    def over(self, images: np.ndarray) -> Loader:
+        """The same samples, but their pixels are those of `images` [len, size, size, 3], in memory."""
+        other = copy.copy(self)
+        n, each = len(self), images[:1].nbytes
+        addresses = images.ctypes.data + each * np.arange(n, dtype=np.int64)
+        pixels = {"addresses": addresses, "sizes": np.full(n, each), "modes": np.full(n, RAW, np.uint8)}
+        other.samples = self.samples._replace(**pixels)
+        other.files = [images]  # the addresses hold for as long as it is alive
+        return other
 
     def _start(self, positions: np.ndarray, spare: deque[np.ndarray]) -> Started:
         images = self._memory(len(positions), spare)
@@ -152,12 +153,52 @@ class Loader:
                 raise DecodeError(f"{what}: launchers/shards.py --verify says whether the file is what was written")
 
 
+def ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The items, taken on a thread of their own, up to `depth` of them before they are asked for.
+
+    What is raised there is raised here, after the items before it. Closing this, early or not, ends the thread.
+    """
+    taken: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
+    room = threading.Semaphore(depth)
+    closed = threading.Event()
+
+    def take() -> None:
+        try:
+            source = iter(items)
+            while room.acquire() and not closed.is_set():
+                taken.put((next(source),))
+        except StopIteration:
+            taken.put(None)
+        except BaseException as error:  # of any kind, or the consumer would wait for ever
+            taken.put(error)
+
+    at_exit = sys.is_finalizing  # kept here: a module's names are gone when Python ends
+    thread = threading.Thread(target=take, name="ahead", daemon=True)
+    thread.start()
+    try:
+        while (item := taken.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            room.release()
+            yield item[0]
+    finally:
+        closed.set()
+        room.release()
+        if not at_exit():  # Python has stopped the thread for good then; to wait for it would be for ever
+            thread.join()
+
+
 def share_of_cores() -> int:
-    """The cores of this rank: as many as it was told to use, else an equal share of what the process may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
+    """The cores of this rank: as many as its launcher says are its own, else an equal share of what the process may
+    use. Never more than that, for a rank that is bound to some cores sees these alone.
+
+    OMP_NUM_THREADS is not asked: many clusters set it to 1 for everybody, and mean libraries, not images.
+    """
+    usable = len(os.sched_getaffinity(0))
+    told = os.environ.get("BARLOW_CORES", "")
     if told.isdigit() and int(told) > 0:
-        return int(told)
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return min(int(told), usable)
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @functools.cache

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from barlow.data.loader import AHEAD, DecodeError, Loader, share_of_cores
+from barlow.data.loader import AHEAD, FAR_AHEAD, DecodeError, Loader, ahead, share_of_cores
 from barlow.data.shards import Index, Shard, Split
 from barlow.errors import UserError
 
@@ -181,16 +181,49 @@ def test_only_a_few_batches_are_made_ahead(raw: Folder) -> None:
     asked: list[int] = []
 
     def positions() -> Iterator[np.ndarray]:
-        for k in range(50):
+        for k in range(200):
             asked.append(k)
             yield np.arange(4)
 
-    stream = Loader(raw.index, ["train"], workers=1).batches(positions())
+    loader = Loader(raw.index, ["train"], workers=1)
+    begun: list[int] = []
+    start = loader._start
+    loader._start = lambda *given: begun.append(0) or start(*given)  # type: ignore[func-returns-value,method-assign]
+    stream = loader.batches(positions())
     for _ in range(5):
         next(stream)
     time.sleep(0.2)
-    assert 5 + AHEAD <= len(asked) <= 5 + AHEAD + 1
-    stream.close()  # type: ignore[attr-defined]
+    assert len(begun) == 5 + AHEAD
+    assert len(asked) == 5 + AHEAD + FAR_AHEAD
+    stream.close()
+
+
+def test_an_order_that_takes_its_time_holds_up_no_batch(raw: Folder) -> None:
+    """As at an epoch's first step, where the order of the epoch is made."""
+
+    def positions() -> Iterator[np.ndarray]:
+        for k in range(22):
+            if k == 20:
+                time.sleep(0.5)
+            yield np.arange(4)
+
+    waited = []
+    stream = Loader(raw.index, ["train"], workers=1).batches(positions())
+    asked = time.perf_counter()
+    for _ in stream:
+        waited.append(time.perf_counter() - asked)
+        time.sleep(0.04)
+        asked = time.perf_counter()
+    assert len(waited) == 22
+    assert max(waited[1:]) < 0.25
+
+
+def test_what_is_taken_ahead_is_the_same_and_ends_with_its_thread() -> None:
+    threads = threading.active_count()
+    assert list(ahead(iter(range(50)), 3)) == list(range(50))
+    assert list(ahead([None, None], 1)) == [None, None]
+    assert list(ahead([], 1)) == []
+    assert threading.active_count() == threads
 
 
 def resident() -> int:
@@ -205,7 +238,7 @@ def test_ending_early_stops_the_threads_and_frees_the_memory(raw: Folder, end: s
         stream = loader.batches(np.arange(4096) % 64 for _ in iter(int, 1))  # endless; 12 MB a batch
         next(stream)
         if end == "close":
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
         elif end == "raise":
             for _ in stream:
                 raise KeyError
@@ -220,7 +253,7 @@ def test_ending_early_stops_the_threads_and_frees_the_memory(raw: Folder, end: s
     threads, memory = repeat(5)
     threads_after, memory_after = repeat(30)
     assert threads_after == threads
-    assert not [thread for thread in threading.enumerate() if thread.name == "batches"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "ahead"]
     assert memory_after - memory < 100e6  # eight batches; leaking one a time would be 380 MB
 
 
@@ -402,16 +435,40 @@ def test_many_threads_ask_for_batches(jpeg: Folder) -> None:
         assert all(pool.map(ask, range(16)))
 
 
-def test_the_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert share_of_cores() == 12
-    for ranks, share in {"1": 12, "5": 2, "12": 1, "64": 1}.items():
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert share_of_cores() == share
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert share_of_cores() == 3
+@pytest.mark.parametrize(
+    ("usable", "ranks", "told", "cores"),
+    [
+        (12, None, None, 12),
+        (12, "5", None, 2),  # all ranks of the machine see the same cores
+        (12, "64", None, 1),
+        (4, "8", "4", 4),  # SLURM has bound each rank to its own
+        (64, "8", "4", 4),  # it has not, but has said how many
+        (2, "1", "16", 2),  # a node with more cores than the rank may use
+        (8, "2", "", 4),
+        (8, "2", "many", 4),
+    ],
+)
+def test_the_share_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch, usable: int, ranks: str | None, told: str | None, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)))
+    for name, value in (("LOCAL_WORLD_SIZE", ranks), ("BARLOW_CORES", told), ("OMP_NUM_THREADS", "1")):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert share_of_cores() == cores
+
+
+def test_a_rank_bound_to_one_core_decodes_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's own answer, as under SLURM's task/affinity: of a thread, so that this process stays as it is."""
+    monkeypatch.setenv("BARLOW_CORES", "4")
+
+    def bound() -> int:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        return share_of_cores()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(bound).result() == 1
 
 
 @pytest.mark.gpu
