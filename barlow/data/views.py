@@ -1,159 +1,29 @@
-"""The two views of an image: `draw` makes every random decision, `apply` carries them out, deterministically.
+"""The views of images: `make` for any kinds of view, `pair` for the two of Barlow Twins.
 
-This is the definition of the views, on any device, and what a faster kernel is compared with. The operations are those
-of augment.py, in the order of the Barlow Twins reference: crop, flip, colour jitter, grayscale, blur, solarize,
-normalise. On a GPU nothing here waits for it.
+`apply` is their definition, on any device, and what the kernel is compared with that takes its place on a GPU. The
+operations are those of augment.py, in the order of the Barlow Twins reference: crop, flip, colour jitter, grayscale,
+blur, solarize, normalise. On a GPU nothing here waits for it.
 
 A whole view of a natural image differs by 1.5/255 on average from the reference's, whose operations are PIL's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from itertools import permutations
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from barlow import config
-from barlow.data import augment, chance
+from barlow import config, kernels
+from barlow.data import augment, fused_views
 from barlow.data.augment import constant
+from barlow.data.draw import Kind, Params, both, draw_kind
+from barlow.errors import UserError
+from barlow.kernels import Kernels
 
-ORDERS = tuple(permutations(range(4)))
-UNCHANGED = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing
-ATTEMPTS = 10  # at a box; each has a slot of four random words to itself, then come three more slots
-SWITCHES, FACTORS, OTHERS = ATTEMPTS, ATTEMPTS + 1, ATTEMPTS + 2
 CHUNK = 32  # images at a time on a CPU: what is in work stays in its cache
-
-
-@dataclass(frozen=True)
-class Params:
-    """All that makes one view of n images, a row an image: small flat tensors, the same bits wherever they are drawn.
-
-    field    | type, shape    | meaning
-    ---------|----------------|---------------------------------------------------------------------------------
-    boxes    | int32 [n, 4]   | crop: top, left, height, width, in pixels of the source, inside it
-    flip     | bool [n]       | mirror left and right
-    order    | int64 [n, 4]   | column k: the k-th operation (0 brightness, 1 contrast, 2 saturation, 3 hue)
-    factors  | float32 [n, 4] | column j: the factor of operation j, hue in circles; 1, 1, 1, 0 where not jittered
-    gray     | bool [n]       | turn to gray
-    sigma    | float32 [n]    | standard deviation of the blur, in pixels of the view; 0 where not blurred
-    solarize | bool [n]       | invert the values of one half and above
-    """
-
-    boxes: Tensor
-    flip: Tensor
-    order: Tensor
-    factors: Tensor
-    gray: Tensor
-    sigma: Tensor
-    solarize: Tensor
-
-    def __getitem__(self, rows: slice | Tensor) -> Params:
-        return Params(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-# -------------------------------------------------------------------------------------------------------------- draw
-
-
-def draw(views: config.Views, view: int, seed: int, epoch: int, ids: Tensor, height: int, width: int) -> Params:
-    """The parameters of `view` (0: a, 1: b) for the samples `ids` [n] of `height` x `width` pixels, on ids' device.
-
-    A row depends on (seed, epoch, id, view) alone, to the bit: there are only integer operations, and + - * / sqrt in
-    float64 one at a time, which every device must round in the same way. (Division is by tensors only: by a number,
-    a GPU multiplies with its reciprocal.)
-    """
-    p = (views.a, views.b)[view]
-    words = chance.words(seed, chance.Use.VIEWS, epoch, ids, slots=OTHERS + 1, lane=view)  # [n, 13, 4]
-    flip, jitter, gray, blur = words[:, SWITCHES].unbind(1)
-    order, sigma, solarize, _ = words[:, OTHERS].unbind(1)
-
-    spread = (views.brightness, views.contrast, views.saturation)
-    limits = [(max(0.0, 1 - x), 1 + x) for x in spread] + [(-views.hue, views.hue)]
-    factors = torch.stack([between(words[:, FACTORS, j], *limits[j]).to(torch.float32) for j in range(4)], dim=1)
-    unchanged = constant(UNCHANGED, torch.float32, ids.device)
-    orders = constant(sum(ORDERS, ()), torch.int64, ids.device).view(-1, 4)
-    return Params(
-        boxes=draw_boxes(words[:, :ATTEMPTS], views.scale, views.ratio, height, width),
-        flip=happens(flip, p.flip),
-        order=orders[below(order, len(ORDERS))],
-        factors=torch.where(happens(jitter, p.jitter)[:, None], factors, unchanged),
-        gray=happens(gray, p.gray),
-        sigma=between(sigma, *views.sigma).to(torch.float32) * happens(blur, p.blur),
-        solarize=happens(solarize, p.solarize),
-    )
-
-
-def happens(bits: Tensor, probability: float) -> Tensor:
-    """bool: true with this probability, always for 1 and never for 0."""
-    return bits < round(probability * 2**32)
-
-
-def below(bits: Tensor, n: int | Tensor) -> Tensor:
-    """int64, uniform in 0..n-1."""
-    return bits * n >> 32
-
-
-def between(bits: Tensor, low: float, high: float) -> Tensor:
-    """float64, uniform in [low, high)."""
-    return bits.to(torch.float64) * 2.0**-32 * (high - low) + low
-
-
-def draw_boxes(
-    words: Tensor, scale: tuple[float, float], ratio: tuple[float, float], height: int, width: int
-) -> Tensor:
-    """Boxes [n, 4] int32 of a random resized crop, from words [n, attempts, 4].
-
-    An attempt draws an area, the logarithm of an aspect ratio and a corner; the first that lies in the image is taken.
-    Where none does, it is torchvision's fallback: the largest central box of an allowed aspect ratio.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    area = between(words[..., 0], *scale) * (height * width)
-    aspect = exp(between(words[..., 1], low, high), max(abs(low), abs(high)))
-    w = torch.sqrt(area * aspect).round().to(torch.int64)
-    h = torch.sqrt(area / aspect).round().to(torch.int64)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    top, left = below(words[..., 2], height - h + 1), below(words[..., 3], width - w + 1)
-    boxes = torch.stack((top, left, h, w), dim=-1)  # [n, attempts, 4]
-
-    preference = torch.arange(words.shape[1], 0, -1, device=words.device) * fits  # [n, attempts]; 0: does not fit
-    best, first = preference.max(dim=1)
-    chosen = boxes[torch.arange(len(boxes), device=words.device), first]
-    fallback = constant(central_box(ratio, height, width), torch.int64, words.device)
-    return torch.where((best > 0)[:, None], chosen, fallback).to(torch.int32)
-
-
-def central_box(ratio: tuple[float, float], height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, height, width of the largest central box whose width over height is within `ratio`."""
-    h, w = height, width
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def exp(x: Tensor, limit: float) -> Tensor:
-    """e**x in float64 for |x| <= limit, to about 1e-15 of it, and in the same bits everywhere, as no library's exp is.
-
-    x is halved, which is exact, until |x| <= 1/4; there the Taylor series up to x**11 errs by 0.25**12 / 12! = 1.3e-16;
-    and the result is squared as often. Every product and sum is an operation of its own, so that none are fused.
-    """
-    halvings = max(0, math.ceil(math.log2(4 * limit))) if limit > 0 else 0
-    x = x * 0.5**halvings
-    y = torch.ones_like(x)
-    for k in range(11, 0, -1):
-        y = y * x
-        y = y * (1 / k)
-        y = y + 1
-    for _ in range(halvings):
-        y = y * y
-    return y
-
-
-# ------------------------------------------------------------------------------------------------------------- apply
+By = Literal["auto", "fused", "reference"]  # as Speed.views
 
 
 def pair(
@@ -164,11 +34,50 @@ def pair(
     epoch: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    by: By = "auto",
 ) -> list[Tensor]:
-    """Both views [n, 3, size, size] float32 of `images` [n, H, W, 3] uint8, whose sample ids are `ids` [n]."""
+    """Both views [n, 3, size, size] of `images` [n, H, W, 3] uint8, whose sample ids are `ids` [n]; as `make`."""
+    return make(images, ids, both(views), seed, epoch, mean, std, dtype, by)
+
+
+def make(
+    images: Tensor,
+    ids: Tensor,
+    kinds: Sequence[Kind],
+    seed: int,
+    epoch: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+    by: By = "auto",
+) -> list[Tensor]:
+    """A view of each kind, channels last in memory: weak and strong ones, or large and small ones, are kinds too.
+
+    The place of a kind is its lane: a view is a function of (seed, epoch, id, its place and kind) alone.
+    """
+    fused, _ = kernels_for(images.device, by)
+    if fused:
+        return fused_views.make(fused, images, ids, kinds, seed, epoch, mean, std, dtype)
     height, width = images.shape[1:3]
-    params = [draw(views, view, seed, epoch, ids, height, width) for view in (0, 1)]
-    return [apply(images, p, views.size, mean, std) for p in params]
+    drawn = [draw_kind(kind, lane, seed, epoch, ids, height, width) for lane, kind in enumerate(kinds)]
+    return [apply(images, p, kind.ranges.size, mean, std, dtype) for p, kind in zip(drawn, kinds, strict=True)]
+
+
+def way(device: torch.device, by: By = "auto") -> str:
+    """How views are made here, for the log; a UserError if it is asked for what cannot be had."""
+    fused, why = kernels_for(device, by)
+    return "views by our CUDA kernel" if fused else f"views by torch's operations ({why})"
+
+
+def kernels_for(device: torch.device, by: By) -> tuple[Kernels | None, str]:
+    """The kernels, or why there are none."""
+    if by == "reference":
+        return None, "as asked"
+    fused, why = kernels.load("views", device), kernels.why_not("views", device)
+    if by == "fused" and not fused:
+        raise UserError(f"--speed.views fused: there is no kernel here ({why}); give auto or reference")
+    return fused, why
 
 
 @torch.no_grad()
@@ -180,7 +89,7 @@ def apply(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The views [n, 3, size, size], normalised, of `images` [n, H, W, 3] uint8, both on one device.
+    """The views [n, 3, size, size], normalised, channels last, of `images` [n, H, W, 3] uint8, both on one device.
 
     Computed in float32, or in float64 where that is the `dtype` asked for. Autocast does not reach inside; TF32, if
     someone has switched it on for matrix products, does (errors of 1e-3).
@@ -188,7 +97,8 @@ def apply(
     device, work = images.device, torch.float64 if dtype == torch.float64 else torch.float32
     centre = constant(tuple(mean), work, device)[:, None, None]
     spread = constant(tuple(std), work, device)[:, None, None]
-    out = torch.empty(len(images), 3, size, size, dtype=dtype, device=device)
+    shape = (len(images), 3, size, size)
+    out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
     step = CHUNK if device.type == "cpu" else max(len(images), 1)
     with torch.autocast(device.type, enabled=False):
         for start in range(0, len(images), step):

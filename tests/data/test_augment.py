@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from barlow.config import View, Views
 from barlow.data.augment import HUE, blur, crop, grayscale, jitter, solarize
-from barlow.data.views import draw
+from barlow.data.draw import draw
 
 BICUBIC = InterpolationMode.BICUBIC
 ORDERS = tuple(permutations(range(4)))
