@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from barlow import kernels
+from barlow.errors import UserError
+from barlow.optim import apex
+from barlow.optim.fused import Fused
+from barlow.optim.momentum import HALF, momentum_of
 
 
 class Lars(torch.optim.Optimizer):
@@ -24,46 +30,82 @@ class Lars(torch.optim.Optimizer):
     `clip` never lets the rate of a tensor, lr * q, exceed lr (recipes for CIFAR use it with eta = 0.02). Biases and
     norms go in a group with weight_decay 0 and adapt False: `groups.weights_and_biases`. A parameter without a gradient
     is left alone. Half-precision parameters have a float32 momentum, and their step is computed in float32. `lr` is a
-    plain number a group, to be set before each step.
+    number a group, to be set before each step; or a tensor of no dimension on the parameters' device, which a step that
+    was captured in a CUDA graph reads anew.
+
+    `backend` is who computes it: our two kernels (`fused`), NVIDIA's `apex`, torch's `foreach`, or the first of these
+    that works here (`auto`). It can change from run to run: the state is the same.
     """
+
+    backend = "foreach"
+    _fused: Fused | None = None
+    _functors: Any = None
 
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 0.0,
+        lr: float | Tensor = 0.0,
         weight_decay: float = 0.0,
         momentum: float = 0.9,
         eta: float = 0.001,
         clip: bool = False,
         adapt: bool = True,
+        backend: str = "auto",
     ) -> None:
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__(params, defaults | {"eta": eta, "clip": clip, "adapt": adapt})
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        self._choose(backend, next((p.device for p in params), torch.device("cpu")))
+
+    def _choose(self, backend: str, device: torch.device) -> None:
+        if backend in ("auto", "fused"):
+            if found := kernels.load("lars", device):
+                self.backend, self._fused = "fused", Fused(found)
+                return
+            if backend == "fused":
+                raise UserError(f"--optim.backend fused: {kernels.why_not('lars', device)}; auto takes what works here")
+        if backend in ("auto", "apex") and device.type == "cuda":
+            self._functors = apex.load()
+            if self._functors:
+                self.backend = "apex"
+                return
+        if backend == "apex":
+            why = "NVIDIA's apex (its amp_C) is not installed" if device.type == "cuda" else "not on a GPU"
+            raise UserError(f"--optim.backend apex: {why}; auto takes what works here")
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, zero_grads: bool = False) -> Any:
+        """`zero_grads` leaves zeros in the gradients, for those who keep their memory."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            wide = [p for p in params if p.dtype not in HALF]
-            if wide:
-                foreach_step(wide, [_grad(p) for p in wide], [self._momentum(p) for p in wide], group)
-            half = [p for p in params if p.dtype in HALF]
+        left: Sequence[Sequence[Tensor]] = [group["params"] for group in self.param_groups]
+        if self._fused:
+            left = self._fused.step(self.param_groups, self.state, zero_grads)
+        for group, params in zip(self.param_groups, left, strict=True):
+            present = [p for p in params if p.grad is not None]
+            wide = [p for p in present if p.dtype not in HALF]
+            self._step(wide, [_grad(p) for p in wide], wide, group)
+            half = [p for p in present if p.dtype in HALF]
             if half:
                 twins = [p.float() for p in half]
-                foreach_step(twins, [_grad(p).float() for p in half], [self._momentum(p) for p in half], group)
+                self._step(twins, [_grad(p).float() for p in half], half, group)
                 torch._foreach_copy_(half, twins)
+            if zero_grads and present:
+                torch._foreach_zero_([_grad(p) for p in present])
         return loss
 
-    def _momentum(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p, dtype=torch.float32 if p.dtype in HALF else p.dtype)
-        momentum: Tensor = state["momentum"]
-        return momentum
+    def _step(self, params: list[Tensor], grads: list[Tensor], owners: list[Tensor], group: dict[str, Any]) -> None:
+        """Of one group, in the precision of `params`; the momenta are those of `owners`. By apex where it is the
+        backend, as far as it goes."""
+        tensors = list(zip(params, grads, (momentum_of(self.state, p) for p in owners), strict=True))
+        taken = [each for each in tensors if self._functors and apex.takes(*each)]
+        if taken:
+            apex.apex_step(self._functors, *_lists(taken), group)
+            tensors = [each for each in tensors if not apex.takes(*each)]
+        if tensors:
+            foreach_step(*_lists(tensors), group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which casts the state to the dtype of its parameter: a float32 momentum is kept here."""
@@ -73,9 +115,6 @@ class Lars(torch.optim.Optimizer):
         for key, p in zip(ids, params, strict=True):
             if p.dtype in HALF and key in state_dict["state"]:
                 self.state[p]["momentum"] = state_dict["state"][key]["momentum"].to(p.device, copy=True)
-
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def foreach_step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
@@ -92,7 +131,10 @@ def foreach_step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor
         grads = list(torch._foreach_mul(grads, list(q.unbind())))
     torch._foreach_mul_(momenta, group["momentum"])
     torch._foreach_add_(momenta, grads)
-    torch._foreach_add_(params, momenta, alpha=-group["lr"])
+    if isinstance(group["lr"], Tensor):  # as a number it would have to be waited for
+        torch._foreach_sub_(params, torch._foreach_mul(momenta, group["lr"]))
+    else:
+        torch._foreach_add_(params, momenta, alpha=-group["lr"])
 
 
 def reference_step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
@@ -112,3 +154,8 @@ def reference_step(params: list[Tensor], grads: list[Tensor], momenta: list[Tens
 def _grad(p: Tensor) -> Tensor:
     assert p.grad is not None
     return p.grad
+
+
+def _lists(tensors: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    params, grads, momenta = zip(*tensors, strict=True)
+    return list(params), list(grads), list(momenta)
