@@ -213,10 +213,12 @@ def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
     synchronise(objective)
     # DDP regroups its gradient buckets after the first step unless it looks for unused parameters. A ring's order of
     # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in its bits.
+    # Buckets of 25 MB, its default, leave each large layer of a projector one of its own, and few bytes to the last.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # by a name that torch 2.9 lacks
     return DistributedDataParallel(
         objective,
         device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=dist.bulk(),
         broadcast_buffers=False,
         find_unused_parameters=True,
         gradient_as_bucket_view=True,
