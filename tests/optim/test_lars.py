@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from barlow import kernels
+from barlow.errors import UserError
+from barlow.optim import apex
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars, reference_step
 
@@ -197,6 +201,63 @@ def test_a_closure_is_called_with_gradients_on() -> None:
 
     assert optimizer.step(closure) == 4.0
     assert float(p[0, 0].detach()) == pytest.approx(1 - 0.001)
+
+
+def test_a_rate_that_is_a_tensor_is_the_rate() -> None:
+    """In the fast form and the definition."""
+    ends = []
+    for lr in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        for clip in (False, True):
+            params = parameters(torch.float64)
+            optimizer = Lars(params, lr=lr, weight_decay=0.1, clip=clip, eta=0.1)
+            draw_gradients(params, 0)
+            optimizer.step()
+            p, g = params[0].detach().clone(), params[0].grad
+            assert g is not None
+            reference_step([p], [g], [optimizer.state[params[0]]["momentum"].clone()], optimizer.param_groups[0])
+            ends.append([*(p.detach() for p in params), p])
+    torch.testing.assert_close(ends[:2], ends[2:], rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_zeroed_where_asked() -> None:
+    params = [*parameters(torch.float32), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    draw_gradients(params, 0)
+    without = [p.grad is None for p in params]
+    Lars(params, lr=0.1).step(zero_grads=True)
+    assert [p.grad is None for p in params] == without
+    assert all(not p.grad.any() for p in params if p.grad is not None)
+
+
+def test_the_backend_is_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = Lars([nn.Parameter(torch.ones(2))])
+    assert optimizer.backend == "foreach"  # on a CPU
+    monkeypatch.setattr(kernels, "load", lambda name, device: None)
+    monkeypatch.setattr(apex, "load", lambda: None)
+    optimizer._choose("auto", torch.device("cuda"))
+    assert optimizer.backend == "foreach"
+    monkeypatch.setattr(apex, "load", lambda: "functors")
+    optimizer._choose("auto", torch.device("cuda"))
+    assert optimizer.backend == "apex"
+
+
+def test_a_backend_that_cannot_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(UserError, match=r"^--optim.backend fused: not on a GPU; auto takes what works here$"):
+        Lars([p], backend="fused")
+    with pytest.raises(UserError, match=r"^--optim.backend apex: not on a GPU; auto takes what works here$"):
+        Lars([p], backend="apex")
+    monkeypatch.setattr(apex, "load", lambda: None)
+    with pytest.raises(UserError, match=r"apex: NVIDIA's apex \(its amp_C\) is not installed"):
+        Lars([p])._choose("apex", torch.device("cuda"))
+
+
+def test_an_optimizer_that_was_pickled_goes_on() -> None:
+    p = nn.Parameter(torch.ones(2, 2))
+    optimizer = pickle.loads(pickle.dumps(Lars([p], lr=0.1)))
+    (twin,) = optimizer.param_groups[0]["params"]
+    twin.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert not torch.equal(twin.detach(), p.detach())
 
 
 @pytest.mark.gpu

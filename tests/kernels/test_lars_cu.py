@@ -131,40 +131,6 @@ def test_what_is_not_finite_there_is_not_finite_here(emulated: Emulated, broken:
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-class Recorder:
-    """Kernels that only note what is launched."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.launches: list[str] = []
-
-    def launch(self, name: str, grid: int, block: int, shared: int, *arguments: Any) -> None:
-        self.launches.append(name)
-
-
-def test_two_launches_whatever_the_number_of_tensors() -> None:
-    """And one more for each 480 addresses, when something has moved: addresses are of gradients, tensors, momenta."""
-    recorder = Recorder()
-    params = [nn.Parameter(draw(2, i)) for i in range(300)]
-    optimizer = Lars(groups_of(params))
-    optimizer._fused = Fused(recorder)
-
-    def launched() -> list[str]:
-        recorder.launches.clear()
-        optimizer.step()
-        return recorder.launches
-
-    for p in params:
-        p.grad = torch.ones(2)
-    assert launched() == ["lars_point", "lars_point", "lars_norms", "lars_update"]
-    assert launched() == ["lars_norms", "lars_update"]
-    kept, params[3].grad = params[3].grad, torch.zeros(2)
-    assert kept is not None  # so the other has another address
-    assert launched() == ["lars_point", "lars_norms", "lars_update"]
-    assert launched() == ["lars_norms", "lars_update"]
-
-
 def test_gradients_are_left_or_zeroed_in_the_same_pass(emulated: Emulated) -> None:
     params = weights(torch.float32)
     optimizer = emulated_lars(params, emulated("lars"))
@@ -333,6 +299,25 @@ def test_lars_takes_the_kernels_where_they_load(emulated: Emulated, monkeypatch:
     optimizer.step()
     assert on_cpu.launches == ["lars_point", "lars_norms", "lars_update"]
     assert Lars([p], backend="foreach").backend == "foreach"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_another_backend_goes_on_with_its_state(emulated: Emulated, dtype: torch.dtype) -> None:
+    """From the fused one to the other and back, as a run that is resumed elsewhere would."""
+    params = [nn.Parameter(draw(n, n).to(dtype)) for n in (5, 70, 9)]
+    definition, state = Definition(params), None
+    for step in range(4):
+        optimizer = emulated_lars(params, emulated("lars")) if step % 2 == 0 else Lars(groups_of(params), momentum=0.9)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for i, p in enumerate(params):
+            p.grad = draw(p.shape, 10 * step + i).to(dtype)
+        set_rates(optimizer, 2)
+        optimizer.step()
+        definition.step(params, optimizer.param_groups)
+        state = optimizer.state_dict()
+        assert all(set(of_p) == {"momentum"} for of_p in state["state"].values())
+    torch.testing.assert_close([p.detach() for p in params], definition.params, rtol=rounding(dtype), atol=1e-6)
 
 
 # On a GPU ------------------------------------------------------------------------------------------------------------
