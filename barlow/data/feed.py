@@ -1,4 +1,4 @@
-"""From batches to views, on a GPU one batch ahead: while it trains on one, it is given the next and makes its views.
+"""From batches to views, on a GPU one batch ahead: while it trains on one, the next is copied and made into views.
 
 What comes out is what `make` gives, to the bit, wherever it is made; only the time differs.
 """

@@ -27,8 +27,8 @@ from barlow.errors import UserError
 AHEAD = 3
 """Batches in the making while the consumer works on another."""
 FAR_AHEAD = 64
-"""Positions of that many batches are known before: the first of an epoch wait for the order of all of it, which takes
-longer than a batch."""
+"""Batches whose positions are known before: the first of an epoch waits for the order of the whole epoch, which takes
+30 ms of a core for 512,000 images."""
 T = TypeVar("T")
 
 
