@@ -5,8 +5,8 @@
 All step the same tensors with a momentum of their own, in turns. The bound is a copy that moves 28 bytes a parameter,
 as LARS must in float32: weights and gradients are read for the norms; weights, gradients and momenta are read again,
 and weights and momenta written. On a GPU, the parameters of WRN-50-2 and of ResNet-34 with their projectors, a
-minute and 20 GB of its memory; on a CPU, where there are no kernels of ours, those of ResNet-18, one minute. `host`
-is what Python takes for a step of the fused LARS if nothing is launched.
+minute and 20 GB of its memory; on a CPU, where there are no kernels of ours, those of ResNet-18 with one thread, one
+minute. `host` is what Python takes for a step of the fused LARS if nothing is launched.
 """
 
 from __future__ import annotations
@@ -37,38 +37,44 @@ Run = Callable[[], object]
 
 def main(quick: bool) -> None:
     on_gpu = device().type == "cuda"
-    models = [MEDIUM, LARGE] if on_gpu else [SMALL]
-    rows = [row for model in ([TINY] if quick else models) for row in compare(model, quick, on_gpu)]
+    if not on_gpu:
+        torch.set_num_threads(1)  # on a machine that others use, two wait for one another
+    models = [TINY] if quick else [MEDIUM, LARGE] if on_gpu else [SMALL]
+    rows = [row for model in models for row in compare(model, quick, on_gpu)]
+    rows += [host(model, 20 if quick else 1000) for model in (MEDIUM, LARGE)]
     report("lars", rows, quick, packages=("timm", "apex"))
 
 
 def compare(model: config.Model, quick: bool, on_gpu: bool) -> list[Row]:
-    groups = tensors_of(model)
-    params: list[Tensor] = [p for group in groups for p in group["params"]]
-    count = sum(p.numel() for p in params)
-    runs = contestants(groups, count)
-    rounds, calls = (2, 1) if quick else (20, 10) if on_gpu else (15, 1)
+    groups = shapes_of(model)
+    name = name_of(model, groups)
+    for group in groups:
+        group["params"] = [filled(p.shape) for p in group["params"]]
+    runs = contestants(groups)
+    rounds, calls = (2, 1) if quick else (20, 10) if on_gpu else (25, 1)
     seconds = in_turns(runs, rounds, calls)
-    name = f"{model.backbone}, {count / 1e6:.1f} M in {len(params)} tensors"
-    rows: list[Row] = [
-        {"set": name, "step": run, **spread(found), "than_bound": ratio(found, seconds["copy of 28 bytes"])}
-        for run, found in seconds.items()
+    bound = seconds["copy of 28 bytes"]
+    return [
+        {"set": name, "step": run, **spread(found), "than_bound": ratio(found, bound)} for run, found in seconds.items()
     ]
-    return [*rows, {"set": name, "step": "host", **spread(host(groups, 20 if quick else 300)), "than_bound": ""}]
 
 
-def tensors_of(model: config.Model) -> Groups:
-    """The parameters of backbone and projector as training has them, with gradients; their values do not matter."""
+def shapes_of(model: config.Model) -> Groups:
+    """The parameters of backbone and projector, in the groups of training, without memory."""
     with torch.device("meta"):
         body = backbone.build(model)
         net = nn.Sequential(body, heads.projector(int(body.num_features), model.projector))  # type: ignore[arg-type]
-    groups = weights_and_biases(net)
-    for group in groups:
-        group["params"] = [filled(p.shape) for p in group["params"]]
-    return groups
+    return weights_and_biases(net)
+
+
+def name_of(model: config.Model, groups: Groups) -> str:
+    params: list[Tensor] = [p for group in groups for p in group["params"]]
+    return f"{model.backbone}, {sum(p.numel() for p in params) / 1e6:.1f} M in {len(params)} tensors"
 
 
 def filled(shape: torch.Size) -> Tensor:
+    """With a gradient, as training has them; the values do not matter."""
+
     def drawn() -> Tensor:
         tensor = torch.randn(shape, device=device()).mul_(0.02)
         return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
@@ -78,7 +84,7 @@ def filled(shape: torch.Size) -> Tensor:
     return p
 
 
-def contestants(groups: Groups, count: int) -> dict[str, Run]:
+def contestants(groups: Groups) -> dict[str, Run]:
     runs: dict[str, Run] = {}
     if found := kernels.load("lars", device()):
         runs["fused"] = Lars(anew(groups), **OPTIONS, backend="fused").step
@@ -94,6 +100,7 @@ def contestants(groups: Groups, count: int) -> dict[str, Run]:
         runs["timm"] = timm.Lars(params, **OPTIONS).step
     params = [{"params": group["params"]} for group in groups]
     runs["torch's fused SGD, no norms"] = torch.optim.SGD(params, **OPTIONS, fused=True).step
+    count = sum(p.numel() for group in groups for p in group["params"])
     source = torch.zeros(14 * count, dtype=torch.uint8, device=device())
     target = torch.zeros_like(source)
     runs["copy of 28 bytes"] = lambda: target.copy_(source)
@@ -146,8 +153,9 @@ class Silent:
         pass
 
 
-def host(groups: Groups, steps: int) -> list[float]:
-    """Seconds of Python a step: as many tensors of as many dimensions, small and on the CPU."""
+def host(model: config.Model, steps: int) -> Row:
+    """Python's part of a step: as many tensors of as many dimensions, small and on the CPU."""
+    groups = shapes_of(model)
     small: Groups = []
     for group in groups:
         params = [nn.Parameter(torch.ones([min(n, 2) for n in p.shape])) for p in group["params"]]
@@ -163,7 +171,7 @@ def host(groups: Groups, steps: int) -> list[float]:
         began = time.perf_counter()
         optimizer.step()
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return {"set": name_of(model, groups), "step": "host", **spread(seconds), "than_bound": ""}
 
 
 if __name__ == "__main__":
