@@ -10,11 +10,8 @@ one round, and writes no file.
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
 import os
-import platform
 import re
 import signal
 import statistics
@@ -22,12 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "interruption.csv"
+from measure import ROOT, Row, asked, report
+
 SIZES = {  # name -> flags; parameters are counted by the run itself
     "10M": "--model.backbone resnet18 --model.projector 256",
     "100M": "--model.backbone wide_resnet50_2 --model.projector 4096 4096 4096",
@@ -40,23 +36,17 @@ SAVED = re.compile(r"checkpoint of step \d+ written in ([\d.]+) s \(stall ([\d.]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the smallest network, one round; writes no file")
+    parser = asked(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="interruptions of each network")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(dir=ROOT / "runs" if (ROOT / "runs").exists() else None) as folder:
-        for name in list(SIZES)[: 1 if arguments.quick else None]:
-            rows.append(interrupt(name, Path(folder), 1 if arguments.quick else arguments.rounds))
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-    if not arguments.quick:
-        with RESULTS.open("w", newline="") as file:
-            table = csv.DictWriter(file, [*rows[0], *(where := circumstances())])
-            table.writeheader()
-            table.writerows(row | where for row in rows)
+        for name in list(SIZES)[: 1 if given.quick else None]:
+            rows.append(interrupt(name, Path(folder), 1 if given.quick else given.rounds))
+    report("interruption", rows, given.quick)
 
 
-def interrupt(name: str, runs: Path, rounds: int) -> dict[str, object]:
+def interrupt(name: str, runs: Path, rounds: int) -> Row:
     """Medians over the rounds; of a save, over all saves but each start's first, which takes its memory."""
     words = [sys.executable, "launchers/pretrain.py", *FLAGS.split(), *SIZES[name].split()]
     words += ["--runs-dir", str(runs), "--run", name, "--data.dir", str(runs / "data")]
@@ -110,14 +100,6 @@ def wait_for_step(folder: Path, step: int, launcher: subprocess.Popen[bytes]) ->
         if launcher.poll() is not None:
             raise SystemExit(f"the run ended before step {step}: see above")
         time.sleep(0.01)
-
-
-def circumstances() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    cores = len(os.sched_getaffinity(0))
-    return {"cpu": model, "cores": cores, "commit": git.stdout.strip(), "torch": version("torch")}
 
 
 if __name__ == "__main__":
