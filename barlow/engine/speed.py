@@ -1,0 +1,200 @@
+"""How a step is carried out: by torch.compile and CUDA graphs where they serve, and never compiled twice for one run.
+
+`compiled` gives the stage what it calls in place of the model, and says in the log what that is and why. What it
+computes is what the model computes, within rounding; the model itself stays as it was: its parameters, the names of its
+state, and eager for whoever else calls it, as an evaluation does. Nothing is chosen by measuring, so that a run that
+was interrupted ends with the bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import importlib.util
+import io
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from barlow import config, dist
+from barlow.files import write_whole
+
+Forward = Callable[[Sequence[Tensor]], tuple[Tensor, Mapping[str, Tensor]]]
+Say = Callable[[str], object]
+
+
+def compiled(model: nn.Module, knobs: config.Speed, device: torch.device, folder: Path, say: Say) -> Forward:
+    """What to call with the views instead of `model`: loss and metrics, which stay valid for as long as one keeps them.
+
+    What is compiled is kept in `folder` for the next start of the run.
+    """
+    if knobs.compile == "off" or (knobs.compile == "auto" and device.type == "cpu"):
+        say("step: not compiled" + (", for it would gain little on a CPU" if knobs.compile == "auto" else ""))
+        return model
+    if why := why_not(device):
+        say(f"step: not compiled: {why}")
+        return model
+    graphs = knobs.graphs != "off" and device.type == "cuda"
+    kept = Kept(folder / f"{machine(device)}.tar", say)
+    _order_fixed()
+    fast = torch.compile(model, dynamic=False, options=options(graphs))
+    say(f"step: compiled, {'in CUDA graphs' if graphs else 'without CUDA graphs'}")
+    return _Compiled(fast, graphs, kept, say)
+
+
+class _Compiled:
+    """The compiled model; once its first step is over, that is told, and what was compiled is kept."""
+
+    def __init__(self, fast: Callable[..., Any], graphs: bool, kept: Kept, say: Say) -> None:
+        self.fast, self.graphs, self.kept, self.say = fast, graphs, kept, say
+        self.calls = 0
+        self.began = 0.0
+
+    def __call__(self, views: Sequence[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if self.calls == 0:
+            self.began = time.perf_counter()
+        elif self.calls == 1:  # backward is compiled at the first call of it: only now all of it is done
+            fresh = self.kept.keep()
+            source = "compilation included" if fresh else "compiled at an earlier start"
+            self.say(f"first step: {time.perf_counter() - self.began:.1f} s, {source}")
+        self.calls += 1
+        if not self.graphs:
+            loss, metrics = self.fast(views)
+            return loss, metrics
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, metrics = self.fast(views)
+        # The next replay writes where these lie, while the loop keeps them until it logs. Gradients lie there as well:
+        # the optimizer has used them by then, and zero_grad(set_to_none=True) has let go of them.
+        return loss.clone(), {name: metric.clone() for name, metric in metrics.items()}
+
+
+def why_not(device: torch.device) -> str:
+    """Why nothing can be compiled here; empty if it can. Known before the first step, which would fail of it."""
+    if dist.world_size() > 1:
+        return "collectives within batch norm, which torch.compile gets wrong, split it into pieces among several ranks"
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return f"triton does not know {torch.cuda.get_device_name(device)}"
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
+    else:
+        compiler = os.environ.get("CXX", "g++")
+    schemes = ("posix_prefix", sysconfig.get_default_scheme())
+    header = [f"-I{sysconfig.get_path('include', scheme)}" for scheme in schemes]
+    command = [compiler, "-fsyntax-only", *header, "-x", "c++" if device.type == "cpu" else "c", "-"]
+    try:
+        subprocess.run(command, input="#include <Python.h>\n", text=True, capture_output=True, check=True)
+    except subprocess.CalledProcessError as error:
+        told = next((line for line in error.stderr.splitlines() if "error" in line), "it fails")
+        return f"{compiler} finds no Python.h ({told.strip()})"
+    except OSError as error:
+        return f"there is no C compiler ({compiler}: {error.strerror})"
+    return ""
+
+
+def options(graphs: bool) -> dict[str, Any]:
+    """Of inductor. Left alone, it times variants of its reductions on the GPU and takes the fastest: another order of
+    summation in another process. Those that this version of torch does not know yet are left out."""
+    wanted = {
+        "triton.cudagraphs": graphs,
+        "deterministic": True,
+        "dynamic_scale_rblock": False,
+        "max_autotune": False,
+        "max_autotune_pointwise": False,
+        "max_autotune_gemm": False,
+        "coordinate_descent_tuning": False,
+    }
+    known = set(torch._inductor.list_options())
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+def _order_fixed() -> None:
+    """Newer torch writes the gradient of max pooling as a scatter of sums, whose order a GPU leaves to chance. Without
+    that decomposition it is gathered, in one order, and fused with what comes next."""
+    from torch._inductor import decomposition
+
+    decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default, None)
+    if hasattr(decomposition.fast_random_decomps, "cache_clear"):
+        decomposition.fast_random_decomps.cache_clear()
+
+
+def machine(device: torch.device) -> str:
+    """A name for all that compiled code depends on, which can be in a file's."""
+    cpu = ""
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            cpu = "".join(sorted({line for line in file if line.startswith(("model name", "flags"))}))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    exact = f"{torch.__version__} {torch.version.cuda} {platform.python_version()} {name} {cpu}"
+    told = "".join(c if c.isalnum() or c in ".+" else "-" for c in f"{name}-torch-{torch.__version__}")
+    return f"{told}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
+
+
+class Kept:
+    """Inductor's folder of compiled code: this process's own on the local disk, and in one file of the run folder.
+
+    torch.compiler.save_cache_artifacts would be the way, but it leaves out what g++ has made, on a CPU nearly all. Like
+    the run folder's code/, the file is code that the run's owner wrote; nobody else's is read.
+    """
+
+    def __init__(self, path: Path, say: Say) -> None:
+        self.path, self.say = path, say
+        self.local = Path(tempfile.mkdtemp(prefix="barlow-compiled-"))
+        atexit.register(shutil.rmtree, self.local, ignore_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.local)
+        os.environ["TRITON_CACHE_DIR"] = str(self.local / "triton")
+        self._unpack()
+        self.before = self._files()
+        self.writing: threading.Thread | None = None
+
+    def keep(self) -> bool:
+        """Whether there is something new; if so, it is written, beside the training."""
+        fresh = self._files()
+        if fresh <= self.before:
+            return False
+        self.before = fresh
+        self.writing = threading.Thread(target=self._write, name="keep what is compiled", daemon=True)
+        self.writing.start()
+        return True
+
+    def _files(self) -> set[Path]:
+        return {p.relative_to(self.local) for p in self.local.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+    def _unpack(self) -> None:
+        try:
+            stored = self.path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self.say(f"warning: {self.path} cannot be read ({error.strerror}): what is in it is compiled again")
+            return
+        digest, packed = stored[:32], stored[32:]
+        if hashlib.sha256(packed).digest() != digest:
+            self.say(f"warning: {self.path} is damaged: what was in it is compiled again")
+            return
+        with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+            tar.extractall(self.local, filter="data")
+
+    def _write(self) -> None:
+        try:
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=1) as tar:
+                for name in sorted(self.before):
+                    tar.add(self.local / name, str(name))
+            self.path.parent.mkdir(exist_ok=True)
+            write_whole(self.path, hashlib.sha256(packed.getvalue()).digest() + packed.getvalue())
+        except OSError as error:
+            self.say(f"warning: what was compiled is not kept for the next start: {error}")
