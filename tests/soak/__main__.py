@@ -33,7 +33,7 @@ from tests.soak.kinds import END, KINDS
 from tests.soak.run import PATIENCE, RANKS, ROOT, WAITING, Broken, Run, last_step, send
 from tests.soak.verdict import RESULTS, Hit, record, row, show, verdict
 
-IMAGES = {"unlabeled": 192, "train": 48, "val": 48}
+IMAGES = {"unlabeled": 192, "train": 480, "val": 240}  # an evaluation takes long enough to be hit
 BATCH = 32
 EPOCH = IMAGES["unlabeled"] // BATCH  # steps
 EVALUATION = 10 * EPOCH  # steps between two
@@ -115,28 +115,25 @@ def soak(folder: Path, given: argparse.Namespace, kinds: list[str], chance: rand
     planned = plan(given, kinds, rate, chance)
     steps = given.steps or planned[-1].due + round(2 * rate * (TRAINING + KINDS[planned[-1].kind].meanwhile))
     steps = -(-steps // EPOCH) * EPOCH
-    undisturbed = give(folder, "undisturbed", steps, chance)
-    undisturbed.wait_for_end()
-    undisturbed.watch.over.set()
+    with give(folder, "undisturbed", steps, chance) as undisturbed:
+        undisturbed.wait_for_end()
     first, whole = undisturbed.watch.steps[1][0], undisturbed.watch.steps[-1][0]
     print(f"undisturbed: {steps} steps in {whole:.0f} s, the first after {first:.0f} s", flush=True)
 
     if not given.only:
         planned.append(Hit(len(planned) + 1, "kill-at-end", "end", steps - 10))
-    run = give(folder, "soak", steps, chance)
     hits: list[Hit] = []
     broken = ""
-    try:
-        for hit in planned:
-            wait_for(run, hit, first)
-            hits.append(hit)
-            strike(run, hit)
-        run.wait_for_end()
-    except (Broken, UserError) as error:
-        broken = str(error)
-    restarts = run.watch.job.restarts if broken else run.look().restarts
-    run.watch.over.set()
-    run.watch.join()
+    with give(folder, "soak", steps, chance) as run:
+        try:
+            for hit in planned:
+                wait_for(run, hit, first)
+                hits.append(hit)
+                strike(run, hit)
+            run.wait_for_end()
+        except (Broken, UserError) as error:
+            broken = str(error)
+        restarts = run.watch.job.restarts if broken else run.look().restarts
     for hit, later in zip(hits, [*(hit.restarts for hit in hits[1:]), restarts], strict=True):
         hit.after = later
     rows = show([row(hit, run) for hit in hits])
@@ -177,9 +174,8 @@ def give(folder: Path, name: str, steps: int, chance: random.Random) -> Run:
 
 def rate_of(folder: Path, chance: random.Random) -> float:
     """Steps a second, of a short run."""
-    run = give(folder, "probe", 60, chance)
-    run.wait_for_end()
-    run.watch.over.set()
+    with give(folder, "probe", 60, chance) as run:
+        run.wait_for_end()
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["images_per_sec"] for line in lines) / BATCH
 

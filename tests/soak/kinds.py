@@ -43,10 +43,10 @@ def kill_at_end(run: Run) -> str:
     """When only the last save and evaluation are left to be done, if it comes in time."""
     ranks = run.ranks()
     run.wait_until(lambda: last_step(run.folder) >= run.steps, every=0.001)
-    time.sleep(run.random.uniform(0, 0.2))
+    time.sleep(run.random.uniform(0, 0.1))
     for rank in ranks.values():
         send(rank.process, signal.SIGKILL)
-    return "all ranks"
+    return "all ranks, after the last step"
 
 
 def freeze_rank(run: Run) -> str:

@@ -99,6 +99,14 @@ class Run:
         self.watch.start()
         self.later: list[Callable[[], None]] = []  # what a disturbance leaves to be done when the job waits again
 
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It need not be over, but is watched no longer."""
+        self.watch.over.set()
+        self.watch.join()
+
     def look(self) -> Job:
         """Also while slurmctld comes back; a job that nothing can bring on is an error."""
         deadline = time.monotonic() + 60

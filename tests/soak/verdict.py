@@ -18,6 +18,7 @@ import torch
 
 from barlow import history
 from barlow.engine.checkpoint import find, load
+from barlow.files import read_json
 from slurm import devcluster, devfaults
 from slurm.devfaults import until
 from tests.soak.run import ROOT, Run
@@ -100,9 +101,9 @@ def same_steps(folder: Path, undisturbed: Path) -> tuple[bool, str]:
     ours, theirs = rows_of(folder), rows_of(undisturbed)
     same = sum(a == b for a, b in zip(ours, theirs, strict=False))
     once = [row["step"] for row in ours] == list(range(1, len(theirs) + 1))
-    return once and same == len(
-        theirs
-    ), f"metrics: {len(ours)} rows for {len(theirs)} steps, {same} with the same values"
+    results = read_json(folder / "results.json") == read_json(undisturbed / "results.json") != {}
+    told = f"metrics: {len(ours)} rows for {len(theirs)} steps, {same} with the same values"
+    return once and same == len(theirs) and results, told + ("" if results else "; other results.json")
 
 
 def nothing_lost(run: Run, hits: list[Hit]) -> tuple[bool, str]:
