@@ -154,24 +154,24 @@ def test_an_operators_requeue_is_the_only_one(real_slurm: Path, make_run: MakeRu
     subprocess.run(["scancel", job(folder)], check=True)
 
 
-def test_at_its_time_limit_it_goes_back(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
-    folder = make_run("limited", stoppable=True, saving=0.2)
-    assert run(folder, nodes=2, time="1")[0] == 0
-    wait_for(lambda: "requeued" in events(folder), seconds=75)
-    assert [event["why"] for event in history.read(folder) if event["event"] == "requeued"]
-    assert job_state(job(folder)).name in ("PENDING", "COMPLETING", "REQUEUED")
-    assert restarts(folder) == 1
-    subprocess.run(["scancel", job(folder)], check=True)
-
-
-def test_a_node_that_fails_twice_is_avoided(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
+def test_at_its_time_limit_it_goes_back_and_meanwhile_a_node_that_fails_twice_is_avoided(
+    real_slurm: Path, make_run: MakeRun, run: Run
+) -> None:
     """The rank on the second node dies in each start, until SLURM gives the job another one."""
-    folder = make_run("unlucky", fault="kill", rank=1, node="n2", finishes=True)
-    assert run(folder, nodes=2, max_failures=4)[0] == 0
-    wait_for(lambda: read_status(folder)["state"] == "finished", seconds=90)
-    assert [event["nodes"] for event in history.read(folder) if event["event"] == "excluded"] == [["n2"]]
-    assert restarts(folder) == 2
-    assert re.search(r"ExcNodeList=n2\b", scontrol("show", "job", job(folder)))
+    limited = make_run("limited", stoppable=True, saving=0.2)
+    unlucky = make_run("unlucky", fault="kill", rank=1, node="n2", finishes=True)
+    assert run(limited, nodes=1, time="1", sbatch=["nodelist=n4"])[0] == 0
+    assert run(unlucky, nodes=2, max_failures=4)[0] == 0
+    wait_for(lambda: read_status(unlucky)["state"] == "finished", seconds=90)
+    assert [event["nodes"] for event in history.read(unlucky) if event["event"] == "excluded"] == [["n2"]]
+    assert restarts(unlucky) == 2
+    assert re.search(r"ExcNodeList=n2\b", scontrol("show", "job", job(unlucky)))
+
+    wait_for(lambda: "requeued" in events(limited), seconds=75)
+    assert [event["why"] for event in history.read(limited) if event["event"] == "requeued"]
+    assert job_state(job(limited)).name in ("PENDING", "COMPLETING", "REQUEUED")
+    assert restarts(limited) == 1
+    subprocess.run(["scancel", job(limited)], check=True)
 
 
 def test_what_a_rank_starts_does_not_die_of_usr2(real_slurm: Path, make_run: MakeRun, run: Run) -> None:
