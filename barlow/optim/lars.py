@@ -15,6 +15,8 @@ from barlow.optim import apex
 from barlow.optim.fused import Fused
 from barlow.optim.momentum import HALF, momentum_of
 
+Triple = tuple[Tensor, Tensor, Tensor]  # a parameter, its gradient, its momentum
+
 
 class Lars(torch.optim.Optimizer):
     """Momentum on gradients that are rescaled, tensor by tensor, to `eta` times the size of the weights.
@@ -100,12 +102,12 @@ class Lars(torch.optim.Optimizer):
         """Of one group, in the precision of `params`; the momenta are those of `owners`. By apex where it is the
         backend, as far as it goes."""
         tensors = list(zip(params, grads, (momentum_of(self.state, p) for p in owners), strict=True))
-        taken = [each for each in tensors if self._functors and apex.takes(*each)]
-        if taken:
-            apex.apex_step(self._functors, *_lists(taken), group)
+        theirs = [each for each in tensors if self._functors and apex.takes(*each)]
+        if theirs:
+            apex.apex_step(self._functors, *_lists(theirs), group)
             tensors = [each for each in tensors if not apex.takes(*each)]
-        if tensors:
-            foreach_step(*_lists(tensors), group)
+        for together in _batches(tensors):
+            foreach_step(*_lists(together), group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which casts the state to the dtype of its parameter: a float32 momentum is kept here."""
@@ -128,7 +130,10 @@ def foreach_step(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor
         if group["clip"]:
             q = (q / group["lr"]).clamp(max=1)
         q = torch.where((p_norms > 0) & (g_norms > 0), q, 1)
-        grads = list(torch._foreach_mul(grads, list(q.unbind())))
+        if group["weight_decay"] != 0:  # they are ours
+            torch._foreach_mul_(grads, list(q.unbind()))
+        else:
+            grads = list(torch._foreach_mul(grads, list(q.unbind())))
     torch._foreach_mul_(momenta, group["momentum"])
     torch._foreach_add_(momenta, grads)
     if isinstance(group["lr"], Tensor):  # as a number it would have to be waited for
@@ -156,6 +161,13 @@ def _grad(p: Tensor) -> Tensor:
     return p.grad
 
 
-def _lists(tensors: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _batches(tensors: list[Triple]) -> list[list[Triple]]:
+    """On a GPU all together, in few launches; on a CPU one by one, for what is made on the way is then in its cache."""
+    if not tensors or tensors[0][0].device.type != "cpu":
+        return [tensors] if tensors else []
+    return [[each] for each in tensors]
+
+
+def _lists(tensors: list[Triple]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     params, grads, momenta = zip(*tensors, strict=True)
     return list(params), list(grads), list(momenta)
