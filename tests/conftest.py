@@ -24,6 +24,8 @@ import pytest
 
 from slurm import devcluster
 
+pytest_plugins = ["tests.beside"]
+
 ROOT = Path(__file__).parents[1]
 SLURM_TESTS = ROOT / "tests" / "slurm"
 Launch = Callable[..., "subprocess.Popen[str]"]
