@@ -1,9 +1,9 @@
-// LARS for all tensors in two launches: the sums of squares that the trust ratios need, then everything else. That is
-// 8 and 20 bytes a float32 parameter, which is what the arithmetic must move; nothing is written between but two numbers
-// a chunk. The definition is reference_step in barlow/optim/lars.py, the host side barlow/optim/fused.py.
+// LARS for all tensors in two launches: the sums of squares that the trust ratios need, then everything else. That
+// moves 8 and 20 bytes a float32 parameter, as it must; between the two only two numbers a chunk are kept. The
+// definition is reference_step in barlow/optim/lars.py, the host side barlow/optim/fused.py.
 //
-// A chunk is a run of elements of one tensor, and a block's work. The sums of chunks are added in the order of chunks by
-// every block that needs them, so the result has the same bits each time.
+// A chunk is a run of elements of one tensor, and a block's work. Every block adds up the sums of its tensor's chunks
+// itself, always in the same order: so the result has the same bits each time.
 
 const int THREADS = 256;
 const int GROUPS = 64;
@@ -171,8 +171,9 @@ __device__ __forceinline__ T* address(int64 tensor, int64 start) {
 }
 
 // partial[chunk] = sums of p^2 and of (g + weight_decay p)^2 over it; nothing for tensors that are not adapted.
-extern "C" __global__ void __launch_bounds__(256) lars_norms(const int* owner, const Tensor* tensors, const int64* table,
-                                                             int count, int size, float2* partial, Rules rules) {
+extern "C" __global__ void __launch_bounds__(256)
+lars_norms(const int* owner, const Tensor* tensors, const int64* table, int count, int size, float2* partial,
+           Rules rules) {
     const Chunk it = chunk_of(blockIdx.x, owner, tensors, table, count, size);
     const Rule& rule = rules.of[it.tensor.group];
     if (it.g == 0 || !rule.adapt) return;
@@ -202,9 +203,9 @@ __device__ __forceinline__ float trust(const Rule& rule, const Tensor& tensor, f
 }
 
 // Chunks are taken from the last, whose parameters and gradients lars_norms has left in the cache.
-extern "C" __global__ void __launch_bounds__(256) lars_update(const int* owner, const Tensor* tensors, const int64* table,
-                                                              int count, int size, const float2* partial, int zero,
-                                                              Rules rules) {
+extern "C" __global__ void __launch_bounds__(256)
+lars_update(const int* owner, const Tensor* tensors, const int64* table, int count, int size, const float2* partial,
+            int zero, Rules rules) {
     const Chunk it = chunk_of(gridDim.x - 1 - blockIdx.x, owner, tensors, table, count, size);
     if (it.g == 0) return;
     const Rule& rule = rules.of[it.tensor.group];

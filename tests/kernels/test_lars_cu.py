@@ -1,4 +1,6 @@
-"""lars.cu, by its emulation on a CPU, and the host side that launches it, against the definition of LARS."""
+"""lars.cu, by its emulation on a CPU, and the host side that launches it, against the definition of LARS.
+
+On a GPU: test_lars_gpu.py."""
 
 from __future__ import annotations
 
@@ -14,7 +16,6 @@ from barlow import kernels
 from barlow.optim import fused
 from barlow.optim.fused import Fused
 from barlow.optim.lars import Lars, reference_step
-from barlow.optim.layout import laid_out_as
 from tests.kernels.conftest import ORDERS, OnCpu
 
 CHUNK = 4096  # small, so that tensors of a few thousand elements have several
@@ -26,19 +27,21 @@ def draw(shape: Any, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weights(dtype: torch.dtype) -> list[nn.Parameter]:
+def weights(dtype: torch.dtype, device: str = "cpu", sizes: list[int] = SIZES) -> list[nn.Parameter]:
     """All sizes and layouts: none and one element, ends that fill no vector, zeros, addresses off its alignment."""
-    tensors = [draw(n, n) for n in SIZES] + [draw((), 0), draw((2, 0), 0), torch.zeros(33)]
+    tensors = [draw(n, n) for n in sizes] + [draw((), 0), draw((2, 0), 0), torch.zeros(33)]
     tensors += [draw((6, 5, 3, 3), 1).to(memory_format=torch.channels_last), draw((40, 30), 2).t()]
-    made = [t.to(dtype) for t in tensors]
-    made += [draw(1300, 3).to(dtype)[1:], draw((3, 433), 4).to(dtype).flatten()[3:1202].view(11, 109)]
+    made = [t.to(device, dtype) for t in tensors]
+    made += [draw(1300, 3).to(device, dtype)[1:], draw((3, 433), 4).to(device, dtype).flatten()[3:1202].view(11, 109)]
     return [nn.Parameter(t) for t in made]
 
 
 def give_gradients(params: list[nn.Parameter], step: int) -> None:
     """As autograd would: in the layout of the parameter. One in seven is missing, another zero; some are unaligned."""
     for i, p in enumerate(params):
-        g = torch.empty(p.numel() + 1, dtype=p.dtype)[(i + step) % 2 :][: p.numel()].as_strided(p.shape, p.stride())
+        g = torch.empty(p.numel() + 1, dtype=p.dtype, device=p.device)[(i + step) % 2 :][: p.numel()].as_strided(
+            p.shape, p.stride()
+        )
         g.copy_(draw(p.shape, 100 * step + i) * (0 if (i + step) % 7 == 6 else 1))
         p.grad = None if (i + step) % 7 == 5 else g
 
@@ -318,88 +321,3 @@ def test_another_backend_goes_on_with_its_state(emulated: Emulated, dtype: torch
         state = optimizer.state_dict()
         assert all(set(of_p) == {"momentum"} for of_p in state["state"].values())
     torch.testing.assert_close([p.detach() for p in params], definition.params, rtol=rounding(dtype), atol=1e-6)
-
-
-# On a GPU ------------------------------------------------------------------------------------------------------------
-
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def fused_on_gpu(params: list[nn.Parameter]) -> Lars:
-    return Lars(groups_of(params), momentum=0.9, backend="fused")
-
-
-@pytest.mark.gpu
-@on_a_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("scale", [1, 40])
-def test_the_gpu_agrees_and_is_never_waited_for(dtype: torch.dtype, scale: int) -> None:
-    """Also with tensors of several chunks of the real size; twice, with the same bits."""
-    ends = []
-    for _ in range(2):
-        params = [nn.Parameter(p.detach().repeat(scale, *[1] * (p.ndim - 1)).cuda()) for p in weights(dtype) if p.ndim]
-        optimizer, definition = fused_on_gpu(params), Definition(params)
-        for step in range(4):
-            for i, p in enumerate(params):
-                p.grad = None if (i + step) % 7 == 5 else laid_out_as(p, draw(p.shape, 100 * step + i).to(p))
-            set_rates(optimizer, step)
-            torch.cuda.set_sync_debug_mode("error" if step == 3 else "default")
-            optimizer.step()
-            torch.cuda.set_sync_debug_mode("default")
-            definition.step(params, optimizer.param_groups)
-        torch.testing.assert_close([p.detach() for p in params], definition.params, rtol=rounding(dtype), atol=1e-6)
-        ends.append([p.detach() for p in params])
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
-
-
-@pytest.mark.gpu
-@on_a_gpu
-def test_a_step_in_a_cuda_graph_is_replayed_with_another_rate() -> None:
-    params = [nn.Parameter(draw(5000 + i, i).cuda()) for i in range(5)]
-    optimizer, definition = fused_on_gpu(params), Definition(params)
-    rate = torch.tensor(0.1, device="cuda")
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    for i, p in enumerate(params):
-        p.grad = draw(p.shape, 20 + i).cuda()
-    optimizer.step()
-    definition.step(params, optimizer.param_groups)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
-    ours = [p.grad for p in params]
-    for lr in (0.5, 0.0, 0.2):
-        rate.fill_(lr)
-        graph.replay()
-        definition.step(params, optimizer.param_groups)
-        for p in params:
-            p.grad = torch.ones_like(p)  # between replays, a step on other gradients
-        optimizer.step()
-        definition.step(params, optimizer.param_groups)
-        for p, g in zip(params, ours, strict=True):
-            p.grad = g
-    torch.testing.assert_close([p.detach() for p in params], definition.params, rtol=2e-6, atol=1e-6)
-
-
-@pytest.mark.gpu
-@on_a_gpu
-def test_a_first_step_cannot_be_captured() -> None:
-    p = nn.Parameter(torch.ones(3, device="cuda"))
-    p.grad = torch.ones(3, device="cuda")
-    optimizer = Lars([p], lr=0.1, backend="fused")
-    with pytest.raises(RuntimeError, match="made a step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
-
-
-@pytest.mark.gpu
-@on_a_gpu
-def test_a_tensor_of_more_than_2_to_the_31_elements() -> None:
-    n = 2**31 + 5
-    if torch.cuda.mem_get_info()[0] < 14 * n:
-        pytest.skip("needs 30 GB of GPU memory")
-    p = nn.Parameter(torch.ones(n, device="cuda"))
-    p.grad = torch.full((n,), 2.0, device="cuda")
-    optimizer = Lars([p], lr=0.5, eta=0.5, momentum=0.0, backend="fused")
-    optimizer.step()  # q = 0.5 * 1 / 2, p = 1 - 0.5 * q * 2
-    assert float(p.detach().min()) == pytest.approx(0.75, rel=1e-5)
-    assert float(p.detach().max()) == pytest.approx(0.75, rel=1e-5)
