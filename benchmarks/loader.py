@@ -118,7 +118,6 @@ def compare(data: Data, threads: int, quick: bool, starts: int) -> list[dict[str
         images[name] = n * data.batch
         runs[name] = partial(clocked, loader.make(data, threads, n), busy[name])
         runs[name]()
-    torch.set_num_threads(1)  # which FFCV has changed
     seconds = in_turns(runs, rounds=1 if quick else 8, warmup=0)
     each = {name: [value / images[name] for value in seconds[name]] for name in runs}
     rows = []
@@ -184,6 +183,7 @@ def ours_fed(data: Data, threads: int, n: int) -> Run:
         return pair(images, ids, views, 0, at, index.mean, index.std)
 
     def run() -> None:
+        torch.set_num_threads(1)  # each epoch of FFCV's sets it to its own
         for _ in feed(loader.batches(data.positions(n)), make, device(), 0):
             pass
 
