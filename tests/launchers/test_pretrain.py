@@ -151,25 +151,33 @@ def test_four_slurm_nodes_of_which_one_is_killed_end_bit_identical_by_themselves
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_all_and_the_same_command_ends_bit_identical(
+def test_a_rank_that_is_killed_or_stands_still_ends_all_and_the_same_command_ends_bit_identical(
     tiny_data: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    flags = ("--run", "killed", "--cluster", "local", "--nodes", "4")
-    started = subprocess.Popen(
-        command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    signal_rank_after(2, 5, signal.SIGKILL, tmp_path / "killed", started)
-    told, _ = started.communicate(timeout=60)
-    assert started.returncode == 1
-    assert b"rank 2 was killed by SIGKILL" in told
-    nobody_left(tmp_path / "killed")
-    assert len(losses(tmp_path / "killed")) < 12
+    flags = ("--run", "hit", "--cluster", "local", "--nodes", "4")
+    folder = tmp_path / "hit"
+
+    def hit(number: int, step: int, *more: str) -> str:
+        words, pipe = command(tiny_data, tmp_path, *flags, *more), subprocess.PIPE
+        started = subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        signal_rank_after(2, step, number, folder, started)
+        told, _ = started.communicate(timeout=60)
+        assert started.returncode == 1, told
+        nobody_left(folder)
+        assert len(losses(folder)) < 12
+        return told
+
+    told = hit(signal.SIGSTOP, 4, "--watch.seconds", "3")
+    assert "rank 2 on " in told
+    assert "process stopped" in told
+    assert "rank 2 on " in next(event["why"] for event in history.read(folder) if event["event"] == "failed")
+    assert "rank 2 was killed by SIGKILL" in hit(signal.SIGKILL, len(losses(folder)) + 2)
 
     pretrain(tiny_data, tmp_path, *flags)
-    assert identical(weights(tmp_path / "killed"), weights(undisturbed))
-    assert losses(tmp_path / "killed") == losses(undisturbed)
-    status = json.loads((tmp_path / "killed" / "status.json").read_text())
-    assert (status["state"], status["step"], status["attempts"]) == ("finished", 12, 2)
+    assert identical(weights(folder), weights(undisturbed))
+    assert losses(folder) == losses(undisturbed)
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["step"], status["attempts"]) == ("finished", 12, 3)
 
 
 @pytest.mark.slow
@@ -191,28 +199,6 @@ def test_told_to_stop_it_saves_and_goes_on_with_other_numbers_of_ranks(
     pretrain(tiny_data, tmp_path, *flags, "--nodes", "4")
     assert same_curve(folder, undisturbed)
     assert [event["ranks"] for event in history.read(folder) if event["event"] == "start"] == [4, 2, 1, 4]
-
-
-@pytest.mark.slow
-def test_a_rank_that_stands_still_is_named_and_the_same_command_ends_bit_identical(
-    tiny_data: Path, tmp_path: Path, undisturbed: Path
-) -> None:
-    flags = ("--run", "still", "--cluster", "local", "--nodes", "4", "--watch.seconds", "3")
-    folder = tmp_path / "still"
-    pipe = subprocess.PIPE
-    started = subprocess.Popen(command(tiny_data, tmp_path, *flags), cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-    signal_rank_after(2, 5, signal.SIGSTOP, folder, started)
-    _, told = started.communicate(timeout=60)
-    assert started.returncode == 1
-    assert "rank 2 on " in told
-    assert "process stopped" in told
-    nobody_left(folder)
-    failed = [event for event in history.read(folder) if event["event"] == "failed"]
-    assert "rank 2 on " in failed[0]["why"]
-
-    pretrain(tiny_data, tmp_path, *flags)
-    assert identical(weights(folder), weights(undisturbed))
-    assert losses(folder) == losses(undisturbed)
 
 
 @pytest.mark.slow
