@@ -1,0 +1,148 @@
+"""How fast is training, from JPEG files to weights, beside the reference recipe, and beside our step alone?
+
+    python benchmarks/end_to_end.py [--quick] [--cores N]
+
+On JPEG shards and JPEG files of the same shapes (96 px, quality 95), in turns in one process: the reference recipe
+(ImageFolder, PIL in a DataLoader with a worker a core, and its step: benchmarks/reference_recipe.py); ours as the stage
+does it (loader or cache, feed, views, compiled step, LARS); and our step from views that lie on the device already.
+`ratio` is the rate over the reference recipe's in the same round, `of_the_step` over our bare step's; `wait` is the
+share of the time in which the host waits for views, which on a CPU it makes meanwhile. --cores: only so many of the
+cores are used. On a GPU five minutes; on two CPU cores as much. --quick: fifteen seconds, and writes no file.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from barlow import config
+from barlow.config import Speed
+from barlow.data.cache import cached
+from barlow.data.feed import feed
+from barlow.data.loader import Loader
+from barlow.data.views import pair
+from barlow.engine import speed
+from barlow.optim.groups import weights_and_biases
+from barlow.optim.lars import Lars
+from loader import SPLIT, Data, prepare
+from measure import Row, asked, device, in_turns, ratio, report, significant, spread
+from reference_recipe import Pair, Step, Views, batches
+from step import CPU, GPU, QUICK, Setting, network, step_of, views_of
+
+
+@dataclass
+class Training:
+    """`steps` steps a call; counts how long it waits for what they are given."""
+
+    given: Iterator[Views]
+    step: Callable[[Views], object]
+    steps: int
+    waited: list[float] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        waited = 0.0
+        for _ in range(self.steps):
+            began = time.perf_counter()
+            views = next(self.given)
+            waited += time.perf_counter() - began
+            self.step(views)
+        self.waited.append(waited)
+
+
+def main(quick: bool, cores: int) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    cores = min(cores or len(mine), len(mine))
+    os.sched_setaffinity(0, mine[:cores])
+    gpu = device().type == "cuda"
+    torch.set_num_threads(cores if gpu else 1)  # where the CPU trains as well, the rest of it decodes
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for setting in QUICK if quick else GPU[:1] + GPU[-1:] if gpu else CPU:
+            data = Data(prepare(Path(folder) / setting.name, "jpeg", 4 * setting.batch), setting.batch)
+            rows += compare(setting, data, cores, quick)
+    report("end_to_end", rows, quick, packages=("torchvision", "pillow", "ffcv"))
+
+
+def compare(setting: Setting, data: Data, cores: int, quick: bool) -> list[Row]:
+    gpu = device().type == "cuda"
+    steps = 1 if quick else 40 if gpu else 4
+    caches = ("none", "ram", "gpu") if gpu else ("none", "ram")
+    runs = {"reference recipe": Training(by_pil(setting, data, cores), reference(setting), steps)}
+    for cache in caches:
+        name = "ours" + (f", cache {cache}" if cache != "none" else "")
+        runs[name] = Training(fed(setting, data, cores, cache), ours(setting, data, name), steps)
+    fixed = [view.to(dtype()) for view in views_of(setting)]
+    runs["our step alone"] = Training(iter(lambda: fixed, None), ours(setting, data, "bare"), steps)
+    seconds = in_turns(runs, rounds=2 if quick else 8, warmup=1 if quick else 2)
+    rows: list[Row] = []
+    for name, taken in seconds.items():
+        rates = spread([steps * setting.batch / value for value in taken], "images_per_sec", 1)
+        row: Row = {"model": setting.name, "batch": setting.batch, "size": setting.size, "recipe": name, **rates}
+        row |= {
+            "ratio": ratio(seconds["reference recipe"], taken),
+            "of_the_step": ratio(seconds["our step alone"], taken),
+        }
+        waits = [waited / value for waited, value in zip(runs[name].waited[-len(taken) :], taken, strict=True)]
+        rows.append(row | {"wait": significant(sorted(waits)[len(waits) // 2])})
+    for run in runs.values():
+        if isinstance(run.given, Generator):
+            run.given.close()
+    return rows
+
+
+def dtype() -> torch.dtype:
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+
+def reference(setting: Setting) -> Step:
+    objective = network(setting)
+    return Step(objective.backbone, objective.projector, None, device())
+
+
+def by_pil(setting: Setting, data: Data, cores: int) -> Iterator[Views]:
+    look = Pair(setting.size, data.index.mean, data.index.std)
+    return batches(data.files, look, setting.batch, cores, pin=device().type == "cuda")
+
+
+def ours(setting: Setting, data: Data, name: str) -> Callable[[Views], Tensor]:
+    """The step as stage and loop make it."""
+    objective = network(setting).to(device()).to(memory_format=torch.channels_last)
+    optimizer = Lars(weights_and_biases(objective), lr=0.1, weight_decay=1e-6)
+    forward: Any = speed.compiled(objective, Speed(), device(), data.folder, partial(print, f"{name}:"))
+    return lambda views: step_of(forward, optimizer, lambda: views)
+
+
+def fed(setting: Setting, data: Data, cores: int, cache: str) -> Iterator[Views]:
+    """As the stage does it: decoded by threads, views made on the device, on a GPU one batch ahead."""
+    index, look = data.index, config.Views(size=setting.size)
+    loader = Loader(index, [SPLIT], workers=cores, pin=device().type == "cuda")
+    source = cached(loader, cache, device(), 1 << 40, lambda done, count: None)
+
+    def make(images: Tensor, ids: Tensor, at: int) -> list[Tensor]:
+        return pair(images, ids, look, 0, at, index.mean, index.std, dtype())
+
+    return feed(source.batches(positions(index.split(SPLIT).count, setting.batch)), make, device(), 0)
+
+
+def positions(count: int, batch: int) -> Iterator[np.ndarray]:
+    """Of random batches, epoch after epoch."""
+    chance = np.random.default_rng(0)
+    while True:
+        yield from np.split(chance.permutation(count)[: count // batch * batch], count // batch)
+
+
+if __name__ == "__main__":
+    parser = asked(__doc__)
+    parser.add_argument("--cores", type=int, default=0, help="how many cores to use; 0: all")
+    arguments = parser.parse_args()
+    main(arguments.quick, arguments.cores)

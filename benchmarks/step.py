@@ -1,0 +1,240 @@
+"""How fast is a step from views that lie on the device, and what does each of our measures bring?
+
+    python benchmarks/step.py [--quick] [--profile]
+
+Forward, loss, backward and optimizer, in turns in one process: the reference recipe's step (benchmarks/
+reference_recipe.py), the same with lightly's loss, then ours with one measure after another. `ratio` is the rate over
+the reference recipe's in the same round. `tuned by timing` lets inductor choose reductions by measuring, which gives up
+that an interrupted run has the bits of another: what this costs us. `GiB` is what the allocator has taken for it. With
+--profile also where the time of the last one goes, by kind of kernel (GPU only). On a GPU ten minutes and 100 GB of its
+memory (half the batch on a smaller one); on two CPU cores three minutes. --quick: ten seconds, and writes no file.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from barlow import config, kernels
+from barlow.config import Speed
+from barlow.data.views import pair
+from barlow.engine import speed
+from barlow.models import backbone as backbones
+from barlow.objectives.barlow_twins import BarlowTwins
+from barlow.optim.groups import weights_and_biases
+from barlow.optim.lars import Lars
+from measure import Row, asked, device, in_turns, peer, report, significant, spread
+from reference_recipe import Step, Views
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    model: config.Model
+    batch: int
+    size: int
+
+
+GPU = (
+    Setting("WRN-50-2 small 8192x3", config.Model("wide_resnet50_2", "small", projector=(8192,) * 3), 512, 96),
+    Setting("ResNet-34 dense 1024x3", config.Model("resnet34", "dense", projector=(1024,) * 3), 1024, 96),
+    Setting("ResNet-50 imagenet 8192x3", config.Model("resnet50", "imagenet", projector=(8192,) * 3), 1024, 96),
+    Setting("ResNet-18 dense 2048x3", config.Model("resnet18", "dense", projector=(2048,) * 3), 1024, 96),
+)
+CPU = (Setting("ResNet-18 small 512x3", config.Model("resnet18", "small", projector=(512,) * 3), 32, 48),)
+QUICK = (Setting("ResNet-10 small 64x3", config.Model("resnet10t", "small", width=0.25, projector=(64,) * 3), 8, 32),)
+
+
+def main(quick: bool, profile: bool) -> None:
+    torch.set_num_threads(1)  # of the CPU: on busy cores, two threads mostly wait for each other
+    settings = QUICK if quick else GPU if device().type == "cuda" else CPU
+    rows: list[Row] = []
+    for setting in settings:
+        if device().type == "cuda" and torch.cuda.mem_get_info()[1] < 120e9:
+            setting = Setting(setting.name, setting.model, setting.batch // 2, setting.size)
+        rows += compare(setting, quick, profile)
+    report("step", rows, quick, packages=("torchvision", "lightly"))
+
+
+def compare(setting: Setting, quick: bool, profile: bool) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        runs, memory = {}, {}
+        for name, make in contenders(setting, Path(folder), quick).items():
+            before = reserved()
+            runs[name] = make()
+            for _ in range(4):  # compiles, and records CUDA graphs
+                runs[name]()
+            memory[name] = (reserved() - before) / 2**30
+        gpu = device().type == "cuda"
+        seconds = in_turns(runs, rounds=2 if quick else 10 if gpu else 7, calls=10 if gpu else 1, warmup=0)
+    first = seconds["reference recipe"]
+    rows: list[Row] = []
+    for name, taken in seconds.items():
+        rates = sorted(a / b for a, b in zip(first, taken, strict=True))
+        row: Row = {"model": setting.name, "batch": setting.batch, "size": setting.size, "step": name}
+        row |= {**spread(taken), "images_per_sec": significant(setting.batch / sorted(taken)[len(taken) // 2])}
+        rows.append(row | {"ratio": significant(rates[len(rates) // 2]), "GiB": significant(memory[name]) or ""})
+    if profile and gpu:
+        for kind, ms in by_kind(list(runs.values())[-1], steps=5).items():
+            print(f"{setting.name}: {kind} {ms:.2f} ms a step")
+    return rows
+
+
+def contenders(setting: Setting, folder: Path, quick: bool) -> dict[str, Callable[[], Run]]:
+    """Each makes its own network, and gives a step to call."""
+    fixed = views_of(setting)
+    found: dict[str, Callable[[], Run]] = {"reference recipe": partial(reference, setting, fixed, None)}
+    if lightly := peer("lightly.loss"):
+        found["reference, lightly's loss"] = partial(reference, setting, fixed, lightly.BarlowTwinsLoss())
+    plain = partial(ours, setting, fixed, folder)
+    found["ours, eager"] = partial(plain, Speed(compile="off"))
+    if quick:
+        return found
+    eager_lars = "foreach"
+    found["+ compile"] = partial(plain, Speed(compile="on", graphs="off"))
+    if device().type == "cuda":
+        found["+ compile, tuned by timing"] = partial(plain, Speed(compile="on", graphs="off"), tuned=True)
+        if kernels.load("lars", device()):
+            eager_lars = "fused"
+            found["+ compile, fused LARS"] = partial(plain, Speed(compile="on", graphs="off"), backend="fused")
+        found["+ CUDA graphs"] = partial(plain, Speed(compile="on"), backend=eager_lars)
+    found["+ views, from uint8"] = partial(plain, Speed(compile="on"), backend=eager_lars, from_images=True)
+    return found
+
+
+def reference(setting: Setting, fixed: Views, loss: Any) -> Run:
+    objective = network(setting)
+    step = Step(objective.backbone, objective.projector, loss, device())
+    return partial(step, [view.contiguous() for view in fixed])
+
+
+def ours(
+    setting: Setting,
+    fixed: Views,
+    folder: Path,
+    knobs: Speed,
+    backend: str = "foreach",
+    tuned: bool = False,
+    from_images: bool = False,
+) -> Run:
+    objective = network(setting).to(device()).to(memory_format=torch.channels_last)
+    optimizer = Lars(weights_and_biases(objective), lr=0.1, weight_decay=1e-6, backend=backend)
+    forward: Callable[..., Any] = speed.compiled(objective, knobs, device(), folder, print)
+    if tuned:
+        forward = torch.compile(objective, dynamic=False)
+    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    views = [view.to(dtype) for view in fixed]
+    fed: Callable[[], Views] = lambda: views  # noqa: E731
+    if from_images:
+        fed = partial(made, images_of(setting), config.Views(size=setting.size), dtype)
+    return partial(step_of, forward, optimizer, fed)
+
+
+def step_of(forward: Callable[..., Any], optimizer: Lars, fed: Callable[[], Views]) -> Tensor:
+    """As the stage and the loop make it."""
+    with torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda"):
+        loss: Tensor = forward(fed())[0]
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def network(setting: Setting) -> BarlowTwins:
+    torch.manual_seed(0)
+    return BarlowTwins(backbones.build(setting.model), config.BarlowTwins(), setting.model.projector)
+
+
+def views_of(setting: Setting) -> list[Tensor]:
+    """Both views on the device, in the layout of ours."""
+    torch.manual_seed(1)
+    shape = (setting.batch, 3, setting.size, setting.size)
+    return [torch.randn(shape, device=device()).to(memory_format=torch.channels_last) for _ in range(2)]
+
+
+def images_of(setting: Setting) -> Tensor:
+    torch.manual_seed(1)
+    shape = (setting.batch, setting.size, setting.size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8).to(device())
+
+
+def made(images: Tensor, views: config.Views, dtype: torch.dtype) -> list[Tensor]:
+    ids = torch.arange(len(images), device=images.device)
+    return pair(images, ids, views, 0, 0, MEAN, STD, dtype)
+
+
+def reserved() -> int:
+    if device().type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
+
+
+# ------------------------------------------------------------------------------------------------ where the time goes
+
+KINDS = {
+    "convolutions and products": ("conv", "gemm", "cutlass", "xmma", "nvjet", "cudnn", "wgrad", "dgrad", "splitk"),
+    "reductions": ("triton_red", "triton_per", "reduce", "batch_norm"),
+    "pointwise": ("triton_poi", "elementwise", "vectorized"),
+    "LARS": ("lars",),
+    "views": ("views",),
+    "copies": ("memcpy", "memset"),
+}
+
+
+def by_kind(run: Run, steps: int) -> dict[str, float]:
+    """Milliseconds a step by kind of kernel, and of the gaps in which none runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            run()
+        torch.cuda.synchronize()
+    events: Iterable[Any] = profiler.events() or ()
+    spans = [
+        (each.time_range.start, each.time_range.end, each.name)
+        for each in events
+        if each.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return {kind: us / 1e3 / steps for kind, us in shared_out(sorted(spans)).items()}
+
+
+def shared_out(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
+    """Time by kind, of spans (begin, end, name) by their begin; what overlaps counts once."""
+    found = dict.fromkeys([*KINDS, "other", "gaps"], 0.0)
+    until: float | None = None
+    for begin, end, name in spans:
+        if until is not None and begin > until:
+            found["gaps"] += begin - until
+        begin = begin if until is None else max(begin, until)
+        if end > begin:
+            found[kind_of(name)] += end - begin
+        until = end if until is None else max(until, end)
+    return found
+
+
+def kind_of(kernel: str) -> str:
+    """By its name; ours and inductor's before what their names may contain besides."""
+    name = kernel.lower()
+    order: tuple[str, ...] = ("LARS", "views", "reductions", "convolutions and products", "pointwise", "copies")
+    if name.startswith("triton_"):
+        order = ("reductions", "pointwise")
+    return next((kind for kind in order if any(part in name for part in KINDS[kind])), "other")
+
+
+if __name__ == "__main__":
+    parser = asked(__doc__)
+    parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of kernel")
+    arguments = parser.parse_args()
+    main(arguments.quick, arguments.profile)
