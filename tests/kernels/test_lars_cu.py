@@ -5,7 +5,13 @@ On a GPU: test_lars_gpu.py."""
 from __future__ import annotations
 
 import ctypes
+import itertools
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from barlow import kernels
+from barlow.kernels import build
 from barlow.optim import fused
 from barlow.optim.fused import Fused
 from barlow.optim.lars import Lars, reference_step
@@ -290,6 +297,29 @@ def test_elements_beyond_2_to_the_31(emulated: Emulated) -> None:
     norms = (sums + torch.tensor([3.0, 4.0])).sqrt()
     expected[1].mul_(0.9).add_(0.5 * norms[0] / norms[1] * decayed)
     torch.testing.assert_close([p, mu, g], [expected[0] - 0.3 * expected[1], expected[1], torch.zeros(37)])
+
+
+def test_vectors_are_loaded_whole_and_several_at_a_time(tmp_path: Path) -> None:
+    """What the speed hangs on, in the machine code for an H200: 16 bytes a load, from what is known to be global
+    memory, and several before the first result is used."""
+    triton = find_spec("triton")  # which brings one
+    beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else Path()
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
+    if cuobjdump is None:
+        pytest.skip("cuobjdump, which shows machine code, is not installed")
+    try:
+        code = build.compile_source(build.source("lars"), "lars", "sm_90")
+    except build.UnavailableError as why:
+        pytest.skip(str(why))
+    (tmp_path / "lars.cubin").write_bytes(code)
+    shown = subprocess.run([cuobjdump, "-sass", tmp_path / "lars.cubin"], capture_output=True, text=True, check=True)
+    functions = {text.split()[0]: text for text in shown.stdout.split("Function : ")[1:]}
+    for name, loads in (("lars_norms", 2 * 4), ("lars_update", 3 * 2)):
+        memory = re.findall(r"\b(LDG?\.E[\w.]*|STG?\.E[\w.]*|LDL\S*|STL\S*|FFMA)", functions[name])
+        assert not [each for each in memory if each.startswith(("LD.", "ST.", "LDL", "STL"))]
+        assert memory.count("LDG.E.128") >= loads
+        runs = [list(run) for wide, run in itertools.groupby(memory, "LDG.E.128".__eq__) if wide]
+        assert max(len(run) for run in runs) >= 4
 
 
 def test_lars_takes_the_kernels_where_they_load(emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
