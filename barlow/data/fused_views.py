@@ -128,13 +128,13 @@ def apply(
 
     canvas = 4 * size * (3 * size | 1)
     tables = 4 * size * (row_taps + column_taps + 2)
-    blocks, shared = n * views, canvas + tables
-    scratch: Tensor | ctypes.c_void_p = ctypes.c_void_p()
-    if shared + STATIC_SHARED > kernels.shared_limit:  # canvases in global memory, as many as blocks can work at once
-        blocks, shared = min(blocks, 2 * processors(out.device)), tables
-        scratch = torch.empty(blocks * canvas // 4, dtype=torch.float32, device=out.device)
     threads = min(-(-3 * size // 32) * 32, WIDEST)
-    kernels.launch("views_apply", blocks, threads, shared, images, table, out, scratch, what)
+    if canvas + tables + STATIC_SHARED <= kernels.shared_limit:
+        kernels.launch("views_apply", n * views, threads, canvas + tables, images, table, out, what)
+    else:
+        blocks = min(n * views, 2 * processors(out.device))  # as many canvases as blocks can work at once
+        scratch = torch.empty(blocks, canvas // 4, dtype=torch.float32, device=out.device)
+        kernels.launch("views_apply_large", blocks, threads, tables, images, table, out, what, scratch)
 
 
 @functools.cache

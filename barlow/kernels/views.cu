@@ -53,7 +53,9 @@ __device__ __forceinline__ double between(uint32 word, double low, double span) 
     return __dadd_rn(__dmul_rn(__dmul_rn(word, 1.0 / 4294967296.0), span), low);
 }
 
-__device__ __forceinline__ int below(uint32 word, int n) { return static_cast<int>(static_cast<int64>(word) * n >> 32); }
+__device__ __forceinline__ int below(uint32 word, int n) {
+    return static_cast<int>(static_cast<int64>(word) * n >> 32);
+}
 
 __device__ __forceinline__ double exponential(double x, int halvings) {
     double y = 1;
@@ -137,6 +139,7 @@ struct Plan {
     int kind[5];
     float kept[5];
     float gauss[RADIUS + 1];
+    int head[2 * RADIUS];  // which pixels of a line are the first 16 that its blur meets
 };
 
 // Weights of the lines (rows or columns) of a view: how each is made of the source's.
@@ -155,19 +158,25 @@ __device__ __forceinline__ double cubic(double x) {
 }
 
 // How many of `length` pixels a line can be made of, for `size` lines.
-__device__ __forceinline__ int taps(int length, int size) { return min(length, max(4, (4 * length + size - 1) / size)); }
+__device__ __forceinline__ int taps(int length, int size) {
+    return min(length, max(4, (4 * length + size - 1) / size));
+}
 
 // Line i of `size`, whose weights are those of place `from`: antialiased bicubic, over no pixel outside the box. The
 // taps all lie inside, and there are at least four, the last of them 0 where the box is smaller.
 __device__ __forceinline__ void weigh(const Lines& lines, int i, int from, int size, int length, double factor) {
     const double scale = static_cast<double>(length) / size, widen = fmax(scale, 1.0), centre = (from + 0.5) * scale;
     const int first = max(0, min(static_cast<int>(floor(centre - 2 * widen + 0.5)), length - lines.count));
+    const double start = first + 0.5 - centre, narrow = 1 / widen;
     float* weights = lines.weights + i * lines.line;
     double sum = 0;
-    for (int k = 0; k < lines.count; ++k) sum += cubic((first + k + 0.5 - centre) / widen);
+#pragma unroll 1
+    for (int k = 0; k < lines.count; ++k) sum += cubic((start + k) * narrow);
+    const double scaled = factor / sum;
+#pragma unroll 1
     for (int k = 0; k < max(lines.count, 4); ++k) {
-        const double weight = k < lines.count ? cubic((first + k + 0.5 - centre) / widen) / sum : 0;
-        weights[k * lines.tap] = static_cast<float>(weight * factor);
+        const double weight = k < lines.count ? cubic((start + k) * narrow) * scaled : 0;
+        weights[k * lines.tap] = static_cast<float>(weight);
     }
     lines.first[i] = first;
 }
@@ -188,6 +197,18 @@ __device__ __forceinline__ void plan_colours(const Row& row, Plan& plan) {
         ++at;
     }
     plan.steps = at, plan.before = before < 0 ? at : before;
+}
+
+// Where in a line of n, which is taken in eights up to its end, the first eight begin.
+__device__ __forceinline__ int first_eight(int n) { return n % 8 ? n % 8 - 8 : 0; }
+
+// One of the Gaussian's weights, not yet normalised, and one of the pixels that it meets first: a line is mirrored at
+// its ends, without doubling them.
+__device__ __forceinline__ void plan_blur(int i, float sigma, int size, Plan& plan) {
+    const float distance = i / fmaxf(sigma, 1e-3f);
+    if (i <= RADIUS) plan.gauss[i] = expf(-0.5f * distance * distance);
+    const int period = max(2 * (size - 1), 1), at = abs(first_eight(size) - RADIUS + i) % period;
+    plan.head[i] = min(at, period - at);
 }
 
 // As augment.turn_hue: hue in sixths of the circle.
@@ -233,6 +254,7 @@ __device__ __forceinline__ Pixel across(const Column& column, int64 offset) {
     Pixel sum = {0, 0, 0};
 #pragma unroll
     for (int k = 0; k < 4; ++k) add(sum, column.near[k], pixels + 3 * min(k, column.count - 1));
+#pragma unroll 1
     for (int k = 4; k < column.count; ++k) add(sum, column.weights[k * column.tap], pixels + 3 * k);
     return sum;
 }
@@ -253,9 +275,9 @@ __device__ __forceinline__ float crop(const uint8* box, const Making& make, cons
         const int x = task % groups * WARP + threadIdx.x % WARP, from = task / groups * part;
         const int to = min(from + part, size), here = min(x, size - 1);
         if (from >= to) continue;
-        Column column = {box + 3 * columns.first[here], {0, 0, 0, 0}, columns.weights + here, columns.tap, columns.count};
+        Column column = {box + 3 * columns.first[here], {}, columns.weights + here, columns.tap, columns.count};
 #pragma unroll
-        for (int k = 0; k < 4; ++k) column.near[k] = column.weights[k * columns.tap];
+        for (int k = 0; k < 4; ++k) column.near[k] = column.weights[k * column.tap];
         Pixel window[4] = {};
         int next = rows.first[from];
         for (int y = from; y < to; ++y) {
@@ -298,28 +320,19 @@ __device__ __forceinline__ void recolour_rest(int size, const Plan& plan, float 
     }
 }
 
-// Where pixel i falls in a line of n that is mirrored at its ends, without doubling them.
-__device__ __forceinline__ int mirrored(int i, int n) {
-    if (i < 0) i = -i;
-    if (i < n) return i;
-    const int period = max(2 * (n - 1), 1);
-    i %= period;
-    return min(i, period - i);
-}
-
-// One line of n values, `step` apart, in its place, by one thread: eight at a time, with the 24 around them in
-// registers. What lies beyond the end is read before it changes, and the eights end where the line does.
-__device__ __forceinline__ void blur_line(float* line, int step, int n, const float* weights) {
-    float seen[8 + 2 * RADIUS], beyond[RADIUS];
-    int at = n % 8 ? n % 8 - 8 : 0;
+// One line of values, `step` apart, in its place, by one thread: eight at a time, with the 24 around them in registers.
+// The eights end where the line does, and what lies beyond its end is then among the 24: it is a mirror.
+__device__ __forceinline__ void blur_line(float* line, int step, int n, const float* weights, const Plan& plan) {
+    float seen[8 + 2 * RADIUS];
 #pragma unroll
-    for (int k = 0; k < 2 * RADIUS; ++k) seen[k] = line[mirrored(at - RADIUS + k, n) * step];
-#pragma unroll
-    for (int k = 0; k < RADIUS; ++k) beyond[k] = line[mirrored(n + k, n) * step];
-    for (; at < n; at += 8) {
+    for (int k = 0; k < 2 * RADIUS; ++k) seen[k] = line[plan.head[k] * step];
+#pragma unroll 1
+    for (int at = first_eight(n); at < n; at += 8) {
         const bool last = at + 8 >= n;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) seen[2 * RADIUS + k] = last ? beyond[k] : line[(at + RADIUS + k) * step];
+        for (int k = 0; k < 8; ++k) {
+            seen[2 * RADIUS + k] = last ? seen[2 * RADIUS - 2 - k] : line[(at + RADIUS + k) * step];
+        }
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             float sum = weights[0] * seen[RADIUS + k];
@@ -337,29 +350,29 @@ __device__ __forceinline__ void blur(int size, const Plan& plan, float* canvas) 
 #pragma unroll
     for (int t = RADIUS; t >= 0; --t) sum += (t ? 2 : 1) * plan.gauss[t];
 #pragma unroll
-    for (int t = 0; t <= RADIUS; ++t) weights[t] = plan.gauss[t] / sum;
+    for (int t = 0; t <= RADIUS; ++t) weights[t] = plan.gauss[t] * (1 / sum);
     const int pitch = pitch_of(size);
-#pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {  // rows, then columns
-        for (int i = threadIdx.x; i < 3 * size; i += blockDim.x) {
-            blur_line(canvas + (pass ? i : i % size * pitch + i / size * size), pass ? pitch : 1, size, weights);
-        }
-        __syncthreads();
+    for (int i = threadIdx.x; i < 3 * size; i += blockDim.x) {
+        blur_line(canvas + i % size * pitch + i / size * size, 1, size, weights, plan);
     }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 3 * size; i += blockDim.x) blur_line(canvas + i, pitch, size, weights, plan);
+    __syncthreads();
 }
 
 // Element e of a row of the view, as pixels lie in it: solarized, normalised.
-__device__ __forceinline__ float finished(const float* line, int e, const Making& make, bool solarize) {
+__device__ __forceinline__ float finished(const float* line, int e, const Making& make, float solarize) {
     const int x = e / 3, channel = e - 3 * x;
     float value = line[channel * make.size + x];
-    if (solarize) value = fminf(value, fabsf(1 - value));
+    value = fminf(value, fabsf(solarize - value));  // 0: unchanged
     const float scale = channel == 0 ? make.scale[0] : channel == 1 ? make.scale[1] : make.scale[2];
     const float shift = channel == 0 ? make.shift[0] : channel == 1 ? make.shift[1] : make.shift[2];
     return value * scale + shift;
 }
 
 // To [y, x, channel] from element `start` of `out` on: a warp a row, in words of four bytes.
-__device__ __forceinline__ void store(const float* canvas, const Making& make, bool solarize, void* out, int64 start) {
+__device__ __forceinline__ void store(const float* canvas, const Making& make, float solarize, void* out,
+                                      int64 start) {
     const int length = 3 * make.size, lane = threadIdx.x % WARP;
     for (int y = threadIdx.x / WARP; y < make.size; y += blockDim.x / WARP) {
         const float* line = canvas + y * pitch_of(make.size);
@@ -381,15 +394,12 @@ __device__ __forceinline__ void store(const float* canvas, const Making& make, b
     }
 }
 
-// A block makes one view of one image at a time, on a canvas in shared memory or, where that is too small, in `scratch`
-// (one a block). images uint8 [images, height, width, 3]; rows [views, images]; out [views, images, size, size, 3].
-extern "C" __global__ void __launch_bounds__(672)
-views_apply(const uint8* images, const Row* parameters, void* out, float* scratch, Making make) {
+// A block makes one view of one image at a time. images uint8 [images, height, width, 3]; parameters [views, images];
+// out [views, images, size, size, 3].
+__device__ __forceinline__ void make_views(const uint8* images, const Row* parameters, void* out, const Making& make,
+                                           float* canvas, float* tables) {
     __shared__ Plan plan;
-    DYNAMIC_SHARED(float, shared);
-    const int size = make.size, area = size * pitch_of(size);
-    float* const canvas = scratch ? scratch + static_cast<int64>(blockIdx.x) * area : shared;
-    float* const tables = scratch ? shared : shared + area;
+    const int size = make.size;
     float* const behind = tables + size * make.row_taps;
     int* const first = reinterpret_cast<int*>(behind + size * make.column_taps);
     const int64 count = static_cast<int64>(make.images) * make.views;
@@ -399,26 +409,35 @@ views_apply(const uint8* images, const Row* parameters, void* out, float* scratc
         const Lines rows = {tables, first, make.row_taps, 1, taps(row.height, size)};
         const Lines columns = {behind, first + size, 1, size, taps(row.width, size)};
         for (int i = threadIdx.x; i < 2 * size; i += blockDim.x) {
-            const bool down = i < size;
-            const int line = down ? i : i - size;
-            if (down) weigh(rows, line, line, size, row.height, 1);
-            else weigh(columns, line, row.flip ? size - 1 - line : line, size, row.width, 1.0 / 255);
+            const int x = i - size;
+            if (x < 0) weigh(rows, i, i, size, row.height, 1);
+            else weigh(columns, x, row.flip ? size - 1 - x : x, size, row.width, 1.0 / 255);
         }
         if (threadIdx.x == 0) plan_colours(row, plan);
-        if (threadIdx.x <= RADIUS) {
-            const float distance = threadIdx.x / fmaxf(row.sigma, 1e-3f);
-            plan.gauss[threadIdx.x] = expf(-0.5f * distance * distance);
-        }
+        if (threadIdx.x < 2 * RADIUS) plan_blur(threadIdx.x, row.sigma, size, plan);
         __syncthreads();
 
         const int64 corner = (image * make.height + row.top) * make.width + row.left;
         const float grays = crop(images + 3 * corner, make, rows, columns, row, plan, canvas);
-        if (plan.before < plan.steps) {
-            recolour_rest(size, plan, block_sum(grays) / (size * size), canvas);
-        }
+        if (plan.before < plan.steps) recolour_rest(size, plan, block_sum(grays) / (size * size), canvas);
         __syncthreads();
         if (row.sigma != 0) blur(size, plan, canvas);
-        store(canvas, make, row.solarize, out, place * size * size * 3);
-        __syncthreads();  // before the next view takes the canvas
+        store(canvas, make, row.solarize, out, place * size * size * 3);  // the next view has a barrier first
     }
+}
+
+// The canvas in shared memory, and the tables of weights behind it. 640: so that at 96 pixels two blocks share an SM's
+// registers.
+extern "C" __global__ void __launch_bounds__(640)
+views_apply(const uint8* images, const Row* parameters, void* out, Making make) {
+    DYNAMIC_SHARED(float, shared);
+    make_views(images, parameters, out, make, shared, shared + make.size * pitch_of(make.size));
+}
+
+// The canvas in global memory, for views that are too large for the other: a canvas a block.
+extern "C" __global__ void __launch_bounds__(672)
+views_apply_large(const uint8* images, const Row* parameters, void* out, Making make, float* scratch) {
+    DYNAMIC_SHARED(float, shared);
+    float* canvas = scratch + static_cast<int64>(blockIdx.x) * make.size * pitch_of(make.size);
+    make_views(images, parameters, out, make, canvas, shared);
 }

@@ -7,6 +7,9 @@ all that may differ, at no pixel more than elsewhere: 3e-6 here, 1e-5 on a GPU, 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -140,6 +143,30 @@ def test_boxes_to_the_edges(fused: Any, size: int) -> None:
         assert differs(fused, noise(6, height, width), replace(p, flip=torch.full((6,), flip)), size) < CLOSE
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_nothing_beside_the_images_is_read(shuffled: Any, at_the_end: bool) -> None:
+    """They lie between two pages that nobody may touch; a child of this process tries."""
+    page, count = mmap.PAGESIZE, 2 * 25 * 25 * 3
+    memory = mmap.mmap(-1, 3 * page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    offset = 2 * page - count if at_the_end else page
+    images = torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset).view(2, 25, 25, 3)
+    corners = [(0, 0, 2, 3), (24, 24, 1, 1), (0, 0, 25, 25), (23, 0, 2, 25), (0, 22, 25, 3)]
+    for address in (first, first + 2 * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(page), 0) == 0
+    child = os.fork()
+    if child == 0:
+        try:
+            for box in corners:
+                p = replace(unchanged(2, 25, 25), boxes=torch.tensor([box] * 2, dtype=torch.int32))
+                made(shuffled, images, p, 9)
+                made(shuffled, images, p, 33)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_source_as_large_as_the_view_is_copied(fused: Any) -> None:
     images = noise(2, 48, 48)
     ours = made(fused, images, unchanged(2, 48, 48), 48)
@@ -202,12 +229,23 @@ def test_a_canvas_too_large_for_shared_memory_is_in_global_memory(emulated: Call
     """In turns: two blocks make six views, each on a canvas of its own."""
     images, ids = noise(3, 40, 40), torch.arange(3)
     roomy, narrow = emulated("views"), emulated("views", "shuffled", shared_limit=9000)
+    launch, canvases = narrow.launch, torch.empty(0)
+
+    def on_canvases_of_nan(name: str, *arguments: Any) -> None:
+        nonlocal canvases
+        if name == "views_apply_large":
+            canvases = arguments[-1].fill_(torch.nan)
+        launch(name, *arguments)
+
+    narrow.launch = on_canvases_of_nan
     both_ways = [
         fused_views.make(each, images, ids, both(Views(size=48)), 0, 0, MEAN, STD, torch.float32)
         for each in (roomy, narrow)
     ]
     for a, b in zip(*both_ways, strict=True):
         assert torch.equal(a, b)
+    assert canvases.shape == (2, 48 * 145)
+    assert canvases.view(2, 48, 145)[..., :144].isfinite().all()
 
 
 def test_224_pixels(shuffled: Any) -> None:
