@@ -93,6 +93,35 @@ def test_a_gradient_is_written_once_into_its_bucket_and_never_copied_back(answer
         assert answer["calls"] == {"mul_out": answer["parameters"]}
 
 
+def descend(objective: BarlowTwins, steps: range) -> None:
+    """Gradient descent under DDP that begins at steps.start, as a start of a job does."""
+    model = distribute(objective, CPU)
+    for at in steps:
+        chance = torch.Generator().manual_seed(10 * at + dist.rank())
+        model(list(torch.randn(2, 8, 8, generator=chance)))[0].backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.sub_(0.01 * parameter.grad)
+                parameter.grad = None
+
+
+def whole_and_resumed() -> list[dict[str, torch.Tensor]]:
+    whole, first, second = small(), small(), small()
+    descend(whole, range(4))
+    descend(first, range(2))
+    second.load_state_dict(first.state_dict())
+    descend(second, range(2, 4))
+    return [whole.state_dict(), second.state_dict()]
+
+
+def test_a_resumed_run_has_the_bits_of_the_whole_one(on_ranks: Ranks) -> None:
+    """Three ranks: of two, any order of summation gives the same bits."""
+    for whole, resumed in on_ranks(3, whole_and_resumed):
+        for name, expected in whole.items():
+            assert torch.equal(resumed[name], expected), name
+
+
 def test_alone_nothing_is_wrapped() -> None:
     objective = small()
     assert distribute(objective, CPU) is objective
