@@ -6,7 +6,7 @@ uint8 images are on the device; timed is a pair of normalised views of each, by 
 (bfloat16), our reference in torch's operations, kornia, torchvision's v2 transforms, and on a CPU also PIL, an image at
 a time. `parameters` says whose they are: torchvision draws them once for a batch, which is another and weaker
 augmentation, so it also runs image by image. Not the same on all: only ours keeps a counter for every sample, and PIL's
-blur is an approximation. A GPU takes two minutes, a CPU two; --quick is for 15 seconds on a CPU. PIL and torchvision
+blur is an approximation. Takes two minutes; --quick a few seconds. PIL and torchvision
 run in one process here: what a DataLoader's workers make of the cores is another benchmark's question.
 """
 
@@ -34,11 +34,12 @@ def main(quick: bool) -> None:
     on_gpu = here.type == "cuda"
     kornia = peer("kornia")
     print(way(here))
+    rounds, calls = (1 if quick else 10 if on_gpu else 7), (5 if on_gpu else 1)
     rows: list[Row] = []
-    whole = [(32, 512), (96, 512), (224, 128)] if on_gpu else [(32, 128), (96, 64)]
+    whole = [(32, 512), (96, 512), (224, 128)] if on_gpu else [(32, 64), (96, 32)]
     for size, batch in [(32, 8)] if quick else whole:
         runs = runs_of(size, batch, here, kornia)
-        seconds = in_turns({name: run for name, (_, run) in runs.items()}, 1 if quick else 10, 5 if on_gpu else 1, 1)
+        seconds = in_turns({name: run for name, (_, run) in runs.items()}, rounds, calls, warmup=1)
         first = next(iter(runs))
         for name, (parameters, _) in runs.items():
             rate = significant(batch / sorted(seconds[name])[len(seconds[name]) // 2])
