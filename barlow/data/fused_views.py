@@ -20,7 +20,7 @@ from barlow.data.draw import Kind, Params, central_box, factor_ranges, halvings,
 from barlow.kernels.launch import Kernels
 
 COLUMNS = 16  # of a row of parameters, each of four bytes
-WIDEST = 672  # threads in a block, at most
+WIDEST = 672  # threads in a block, at most: the kernel's limit, and a line of 224 pixels each
 STATIC_SHARED = 512  # bytes that the kernel has besides those of the launch, at most
 
 
@@ -58,6 +58,8 @@ def make(
 
     Views of one size are made in one launch, and lie in one tensor.
     """
+    assert images.dtype == torch.uint8
+    assert ids.dtype == torch.int64
     images, (height, width) = images.contiguous(), images.shape[1:3]
     lanes = sorted(range(len(kinds)), key=lambda lane: kinds[lane].ranges.size)
     table = draw(kernels, [kinds[lane] for lane in lanes], lanes, seed, epoch, ids, height, width)

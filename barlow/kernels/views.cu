@@ -269,6 +269,7 @@ __device__ __forceinline__ float crop(const uint8* box, const Making& make, cons
                                       const Row& row, const Plan& plan, float* canvas) {
     const int size = make.size, pitch = pitch_of(size), warps = blockDim.x / WARP;
     const int groups = (size + WARP - 1) / WARP, parts = max(warps / groups, 1), part = (size + parts - 1) / parts;
+    const int bottom = row.height - 1;
     const int64 stride = 3 * make.width;
     float grays = 0;
     for (int task = threadIdx.x / WARP; task < groups * parts; task += warps) {
@@ -287,7 +288,7 @@ __device__ __forceinline__ float crop(const uint8* box, const Making& make, cons
             if (rows.count <= 4) {
                 for (; next < first + 4; ++next) {
                     window[0] = window[1], window[1] = window[2], window[2] = window[3];
-                    window[3] = across(column, min(next, row.height - 1) * stride);
+                    window[3] = across(column, min(next, bottom) * stride);
                 }
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -23,6 +24,7 @@ from barlow.config import View, Views
 from barlow.data import fused_views, views
 from barlow.data.draw import ORDERS, Kind, Params, both, draw, draw_kind
 from barlow.data.views import apply
+from barlow.kernels import build
 from tests.data.test_draw import same, unchanged
 from tests.data.test_views import noise
 from tests.kernels.conftest import ORDERS as THREAD_ORDERS
@@ -266,6 +268,19 @@ def test_an_empty_batch_launches_nothing(shuffled: Any) -> None:
     empty = fused_views.make(shuffled, images, ids, both(Views(size=48)), 0, 0, *PLAIN)
     assert [tuple(x.shape) for x in empty] == [(0, 3, 48, 48)] * 2
     assert shuffled.launches == []
+
+
+def test_a_canvas_in_shared_memory_is_known_as_such() -> None:
+    """In what NVRTC makes of it: a load from what might be any memory is slower, and takes longer addresses."""
+    try:
+        text = build.compile_source(build.source("views"), "views", "compute_90").decode()
+    except build.UnavailableError as why:
+        pytest.skip(str(why))
+    entries = {part.split("(")[0]: part for part in text.split(".entry ")[1:]}
+    assert "ld.shared.f32" in entries["views_apply"]
+    for name in ("views_draw", "views_apply", "views_apply_large"):
+        spaces = set(re.findall(r"\b(?:ld|st)\.(\w+)", entries[name]))
+        assert spaces <= {"shared", "global", "param"}, name
 
 
 # ------------------------------------------------------------------------------------------------------- other kinds
