@@ -8,6 +8,7 @@ cannot do is make the momentum: a step must have been made before."""
 from __future__ import annotations
 
 import ctypes
+import operator
 from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -103,7 +104,9 @@ class Plan:
                 self.states.append(state[p])
                 group_of.append(at)
         self.expected = [(p, p.dtype, {p.stride()}) for p in self.params]
-        self.fixed = self.addresses()
+        self.momenta = [each["momentum"] for each in self.states]
+        self.places = [p.data_ptr() for p in self.params]
+        self.fixed = [*self.places, *(mu.data_ptr() for mu in self.momenta)]
         self.size = chunk or chunk_size(sum(p.numel() for p in self.params))
         self.chunks = self.cut(group_of)
         self.written: list[int] = []
@@ -125,14 +128,15 @@ class Plan:
         self.partial = torch.empty(len(owner), 2, device=device)
         return len(owner)
 
-    def addresses(self) -> list[int]:
-        return [p.data_ptr() for p in self.params] + [state["momentum"].data_ptr() for state in self.states]
-
     def outdated(self, groups: Sequence[Group], state: State) -> bool:
         """Whether there are others: a group more, a state that was loaded, a tensor exchanged, one's first gradient."""
-        if state is not self.state or len(groups) != self.groups:
-            return True
-        return self.addresses() != self.fixed or any(p.grad is not None for p in self.waiting)
+        return (
+            state is not self.state
+            or len(groups) != self.groups
+            or [p.data_ptr() for p in self.params] != self.places
+            or not all(map(operator.is_, [each["momentum"] for each in self.states], self.momenta))
+            or any(p.grad is not None for p in self.waiting)
+        )
 
     def gradients(self) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
         """Their addresses, 0 where there is none; and those in another layout than the parameter's, with a copy that
@@ -178,6 +182,7 @@ class Plan:
         shared = (self.owner, self.tensors, table, count, size, self.partial)
         self.kernels.launch("lars_norms", self.chunks, THREADS, 0, *shared, rules)
         self.kernels.launch("lars_update", self.chunks, THREADS, 0, *shared, ctypes.c_int(zero_grads), rules)
+        torch.autograd.graph.increment_version(self.params)  # autograd would not see that they have changed
         del rates  # the launches are made: what memory they read is reused after them
 
 

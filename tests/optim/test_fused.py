@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -71,3 +72,13 @@ def test_nothing_is_launched_for_nothing() -> None:
 def test_chunks_are_whole_vectors_and_follow_the_size_of_the_set() -> None:
     assert chunk_size(1) == chunk_size(23_900_000) == 8192
     assert chunk_size(217_900_000) == 32768
+
+
+def test_autograd_is_told_that_parameters_have_changed() -> None:
+    """As it is by torch's own optimizers: a backward pass through what was, is an error and no wrong gradient."""
+    p = nn.Parameter(torch.ones(3))
+    optimizer, _ = recorded([p])
+    loss = p.square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
