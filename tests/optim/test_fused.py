@@ -81,4 +81,4 @@ def test_autograd_is_told_that_parameters_have_changed() -> None:
     loss = p.square().sum()
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
