@@ -1,13 +1,14 @@
 """How fast do both views of a batch come: ours, and what else makes such views on the same device?
 
-    python benchmarks/views.py [--quick]
+    OMP_WAIT_POLICY=passive python benchmarks/views.py [--quick]
 
 uint8 images are on the device; timed is a pair of normalised views of each, by the Barlow Twins recipe: our kernel
 (bfloat16), our reference in torch's operations, kornia, torchvision's v2 transforms, and on a CPU also PIL, an image at
 a time. `parameters` says whose they are: torchvision draws them once for a batch, which is another and weaker
-augmentation, so it also runs image by image. Not the same on all: only ours keeps a counter for every sample, and PIL's
-blur is an approximation. Takes two minutes; --quick a few seconds. PIL and torchvision
-run in one process here: what a DataLoader's workers make of the cores is another benchmark's question.
+augmentation, so it also runs image by image. Not the same on all: only ours has a counter for every sample, and PIL's
+blur is an approximation. PIL and torchvision run in one process here: what a DataLoader's workers make of the cores is
+another benchmark's question. Takes two minutes, --quick some seconds. (Passive: where cores are shared, torch's threads
+that spin while they wait cost all but PIL a hundred times as much.)
 """
 
 from __future__ import annotations
