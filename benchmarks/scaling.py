@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow import config, dist
 from barlow.models import backbone
+from barlow.models.norm import synchronise
 from barlow.objectives.barlow_twins import BarlowTwins, Form, barlow_twins_loss
 from barlow.stages.pretrain import build, distribute
 from measure import ROOT, Row, asked, in_turns, ratio, report, significant, spread
@@ -188,12 +189,11 @@ def overlap(quick: bool) -> list[Row]:
     runs: dict[str, Callable[[], object]] = {}
     for order, kind in (("view by view", ViewByView), ("backbones, then projectors", BarlowTwins)):
         for queue in ("own", "no reduction") if quick else ("shared", "own", "no reduction"):
-            objective = kind(Backbone(), config.BarlowTwins(), (900, 900, 900))
-            model: Any = distribute(objective, CPU)  # and with it all batch norms
+            model: nn.Module = synchronise(kind(Backbone(), config.BarlowTwins(), (900, 900, 900)))
             if queue != "no reduction":
                 group = dist.bulk() if queue == "own" else None
                 model = DistributedDataParallel(
-                    objective, process_group=group, broadcast_buffers=False, find_unused_parameters=True,
+                    model, process_group=group, broadcast_buffers=False, find_unused_parameters=True,
                     gradient_as_bucket_view=True, bucket_cap_mb=0.3,
                 )  # fmt: skip
             runs[f"{order}|{queue}"] = partial(one_step, model, views)
