@@ -167,9 +167,7 @@ class _ReplicatedSum(torch.autograd.Function):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        whole = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-        torch.distributed.all_gather_into_tensor(whole, x.contiguous())
-        return whole
+        return _joined(x, world_size())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -182,9 +180,45 @@ class _Gather(torch.autograd.Function):
 
 
 def _summed(x: Tensor) -> Tensor:
+    total: Tensor = torch.ops.barlow.summed(x)
+    return total
+
+
+def _joined(x: Tensor, world: int) -> Tensor:
+    whole: Tensor = torch.ops.barlow.joined(x, world)
+    return whole
+
+
+def _sum(x: Tensor) -> Tensor:
     total = x.detach().clone(memory_format=torch.contiguous_format)
     torch.distributed.all_reduce(total)
     return total
+
+
+def _join(x: Tensor, world: int) -> Tensor:
+    whole = x.new_empty(world * x.shape[0], *x.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, x.contiguous())
+    return whole
+
+
+def _operators() -> torch.library.Library:
+    """The two as operators, which torch.compile takes as they are: what lies around them is compiled in one piece.
+
+    (torch.library.custom_op would say it shorter, and bring torch's compiler along, which takes seconds to import.)"""
+    library = torch.library.Library("barlow", "DEF")
+    fakes: list[tuple[str, Any, Any]] = [
+        ("summed(Tensor x) -> Tensor", _sum, lambda x: torch.empty_like(x, memory_format=torch.contiguous_format)),
+        ("joined(Tensor x, int world) -> Tensor", _join, lambda x, world: x.new_empty(world * len(x), *x.shape[1:])),
+    ]
+    for schema, made, fake in fakes:
+        library.define(schema)
+        name = schema.split("(")[0]
+        library.impl(name, made, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"barlow::{name}", fake, lib=library)
+    return library
+
+
+_library = _operators()  # as long as this lives, they do
 
 
 def _group_device() -> torch.device:

@@ -35,23 +35,45 @@ Forward = Callable[[Sequence[Tensor]], tuple[Tensor, Mapping[str, Tensor]]]
 Say = Callable[[str], object]
 
 
-def compiled(model: nn.Module, knobs: config.Speed, device: torch.device, folder: Path, say: Say) -> Forward:
+def compiled(
+    model: nn.Module,
+    knobs: config.Speed,
+    device: torch.device,
+    folder: Path,
+    say: Say,
+    pieces: Sequence[nn.Module] = (),
+) -> Forward:
     """What to call with the views instead of `model`: loss and metrics, which stay valid for as long as one keeps them.
 
-    What is compiled is kept in `folder` for the next start of the run.
+    Alone, all of it is compiled at once. Among ranks, these `pieces` of it are, each in one: what lies between them has
+    collectives that are waited for later, and DistributedDataParallel takes their gradients up as it did. What is
+    compiled is kept in `folder` for the next start of the run.
     """
-    if knobs.compile == "off" or (knobs.compile == "auto" and device.type == "cpu"):
-        say("step: not compiled" + (", for it would gain little on a CPU" if knobs.compile == "auto" else ""))
-        return model
-    if why := why_not(device):
+    if why := why_not(knobs, device):
         say(f"step: not compiled: {why}")
         return model
-    graphs = knobs.graphs != "off" and device.type == "cuda"
-    kept = Kept(folder / f"{machine(device)}.tar", say)
+    alone = dist.world_size() == 1
+    graphs = knobs.graphs != "off" and device.type == "cuda" and alone
+    kept = Kept(folder / f"{machine(device)}-{dist.local_rank()}.tar", say)
     _order_fixed()
-    fast = torch.compile(model, dynamic=False, options=options(graphs))
     say(f"step: compiled, {'in CUDA graphs' if graphs else 'without CUDA graphs'}")
-    return _Compiled(fast, graphs, kept, say)
+    if alone:
+        return _Compiled(torch.compile(model, dynamic=False, options=options(graphs)), graphs, kept, say)
+    torch._dynamo.config.optimize_ddp = False  # it would cut the pieces up where gradients are sent, and cannot
+    for piece in pieces:
+        _compile_in_place(piece)
+    return _Compiled(model, graphs, kept, say)
+
+
+def _compile_in_place(piece: nn.Module) -> None:
+    """Its calls in training are compiled; in an evaluation it is what it was, for any size of batch."""
+    eager = piece.forward
+    fast = torch.compile(eager, dynamic=False, fullgraph=True, options=options(graphs=False))
+
+    def forward(*arguments: Any) -> Any:
+        return (fast if piece.training else eager)(*arguments)
+
+    piece.forward = forward
 
 
 class _Compiled:
@@ -80,10 +102,12 @@ class _Compiled:
         return loss.clone(), {name: metric.clone() for name, metric in metrics.items()}
 
 
-def why_not(device: torch.device) -> str:
-    """Why nothing can be compiled here; empty if it can. Known before the first step, which would fail of it."""
-    if dist.world_size() > 1:
-        return "collectives within batch norm, which torch.compile gets wrong, split it into pieces among several ranks"
+def why_not(knobs: config.Speed, device: torch.device) -> str:
+    """Why nothing is compiled here; empty if it is. Known before the first step, which would fail of it."""
+    if knobs.compile == "off":
+        return "as asked"
+    if knobs.compile == "auto" and device.type == "cpu":
+        return "it would gain little on a CPU"
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
@@ -166,6 +190,8 @@ class Kept:
         if fresh <= self.before:
             return False
         self.before = fresh
+        if dist.rank() != dist.local_rank():
+            return True  # the ranks of the first node write what those of all nodes read
         self.writing = threading.Thread(target=self._write, name="keep what is compiled", daemon=True)
         self.writing.start()
         return True

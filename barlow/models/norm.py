@@ -13,15 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from barlow import dist
 
 
-def synchronise(model: nn.Module) -> nn.Module:
+def synchronise(model: nn.Module, compiled: bool = False) -> nn.Module:
     """`model` with every batch norm reading the global batch; parameters, buffers and their names stay what they were.
 
     Alone, the model itself, untouched. On a GPU torch's SyncBatchNorm, which refuses CPU tensors; so move the model to
-    its device first. Elsewhere `GlobalBatchNorm`.
+    its device first. Elsewhere, and where the model will be compiled, `GlobalBatchNorm`: with its collectives, but not
+    with SyncBatchNorm's, a network is compiled in one piece.
     """
     if dist.world_size() == 1:
         return model
-    if any(parameter.is_cuda for parameter in model.parameters()):
+    if not compiled and any(parameter.is_cuda for parameter in model.parameters()):
         if any(_has_activation(module) for module in model.modules()):
             from timm.layers import convert_sync_batchnorm  # imported already, if its layers are
 

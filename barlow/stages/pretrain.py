@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow import dist, history, pulse
 from barlow.config import Pretrain
-from barlow.data import chance, order, staging
-from barlow.data.loader import Batch, Loader
+from barlow.data import chance, order, staging, views
+from barlow.data.cache import cached
+from barlow.data.feed import feed
+from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
-from barlow.data.views import pair
+from barlow.engine import memory, speed
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import Plan, fit, patiently
 from barlow.engine.preempt import StopRequest
@@ -56,7 +58,7 @@ def main(run_folder: str) -> None:
     loader = together(lambda: Loader(near, config.data.splits, workers=config.data.workers, pin=pin))
     plan = plan_of(config, len(loader))
 
-    model = distribute(objective, device)
+    model = distribute(objective, device, compiled=not speed.why_not(config.speed, device))
     knobs = config.optim
     optimizer = Lars(
         weights_and_biases(objective),
@@ -64,6 +66,7 @@ def main(run_folder: str) -> None:
         momentum=knobs.momentum,
         eta=knobs.eta,
         clip=knobs.clip,
+        backend=knobs.backend,
     )
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
     if holding:
@@ -72,6 +75,9 @@ def main(run_folder: str) -> None:
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
     for line in (*told, *skipped, describe(config, plan, objective, device, start)):
         recorder.say(line)
+    room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    filling = filling_of(config, recorder, beats)
+    source = together(lambda: cached(loader, config.data.cache, device, room, filling))
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
 
@@ -80,15 +86,22 @@ def main(run_folder: str) -> None:
         return [warmup_cosine(at, plan.steps, warmup, peak, peak * knobs.end_lr) for peak in peaks]
 
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    normal = (index.mean, index.std)
+    dtype = torch.bfloat16 if bf16 else torch.float32
     side = config.knn.size or config.views.size
+    recorder.say(f"{views.way(device, config.speed.views)}, LARS by {optimizer.backend}")
+    pieces = (objective.backbone, objective.projector)
+    forward = speed.compiled(model, config.speed, device, folder / "compiled", recorder.say, pieces)
 
-    def step(batch: Batch, at: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def make(images: Tensor, ids: Tensor, at: int) -> list[Tensor]:
+        epoch = at // plan.steps_per_epoch
+        return views.pair(
+            images, ids, config.views, config.seed, epoch, index.mean, index.std, dtype, config.speed.views
+        )
+
+    def step(pair: list[Tensor], at: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         torch.manual_seed(chance.seed_of_step(config.seed, at, dist.rank()))  # dropout has no state to be saved
-        images, ids = batch.images.to(device, non_blocking=True), batch.ids.to(device, non_blocking=True)
-        views = pair(images, ids, config.views, config.seed, at // plan.steps_per_epoch, *normal)
         with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            return model([view.to(memory_format=torch.channels_last) for view in views])
+            return forward(pair)
 
     def state() -> dict[str, Any]:
         weights = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
@@ -100,12 +113,12 @@ def main(run_folder: str) -> None:
     positions = order.positions(
         config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
+    given = feed(source.batches(positions), make, device, start)
     if holding:
         checkpoints.prepare({**state(), "optimizer": after_a_step(optimizer)})
     try:
         fit(
-            step, loader.batches(positions), optimizer, rates, plan, start, state, checkpoints, recorder, request,
-            evaluate, beats,
+            step, given, optimizer, rates, plan, start, state, checkpoints, recorder, request, evaluate, beats,
         )  # fmt: skip
         beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate()) if config.knn.every_epochs else {}
@@ -148,6 +161,20 @@ def prepare(
     return preflight(
         config.preflight, folder, memory, disk, work, device, lambda: beats.beat(0, "start", config.watch.start)
     )
+
+
+def filling_of(config: Pretrain, recorder: Recorder, beats: pulse.Pulse) -> Callable[[int, int], None]:
+    """Tells of a cache that is being filled: to the watchdog always, to people at each quarter."""
+    quarters = 0
+
+    def told(done: int, count: int) -> None:
+        nonlocal quarters
+        beats.beat(0, "start", config.watch.start)
+        if 4 * done // count > quarters:
+            quarters = 4 * done // count
+            recorder.say(f"--data.cache {config.data.cache}: {done:,} of {count:,} images decoded")
+
+    return told
 
 
 def begin(folder: Path, start: int, steps: int) -> None:
@@ -206,11 +233,11 @@ def build(config: Pretrain, device: torch.device) -> BarlowTwins:
     return objective.to(device).to(memory_format=torch.channels_last)  # the faster layout, on CPUs too
 
 
-def distribute(objective: nn.Module, device: torch.device) -> nn.Module:
+def distribute(objective: nn.Module, device: torch.device, compiled: bool = False) -> nn.Module:
     """The module to call in training: itself when alone, under DistributedDataParallel otherwise."""
     if dist.world_size() == 1:
         return objective
-    synchronise(objective)
+    synchronise(objective, compiled)
     # DDP regroups its gradient buckets after the first step unless it looks for unused parameters. A ring's order of
     # summation depends on where in a bucket a gradient lies, so regrouping would make a resumed run differ in its bits.
     # Buckets of 25 MB, its default, leave each large layer of a projector one of its own, and few bytes to the last.
