@@ -183,12 +183,12 @@ def reserved() -> int:
 
 # ------------------------------------------------------------------------------------------------ where the time goes
 
-KINDS = {
-    "convolutions and products": ("conv", "gemm", "cutlass", "xmma", "nvjet", "cudnn", "wgrad", "dgrad", "splitk"),
-    "reductions": ("triton_red", "triton_per", "reduce", "batch_norm"),
-    "pointwise": ("triton_poi", "elementwise", "vectorized"),
+KINDS = {  # what is looked for in a kernel's name, in this order
     "LARS": ("lars",),
     "views": ("views",),
+    "convolutions and products": ("conv", "gemm", "cutlass", "xmma", "nvjet", "cudnn", "wgrad", "dgrad", "splitk"),
+    "reductions": ("reduce", "batch_norm"),
+    "pointwise": ("elementwise", "vectorized"),
     "copies": ("memcpy", "memset"),
 }
 
@@ -225,12 +225,12 @@ def shared_out(spans: Iterable[tuple[float, float, str]]) -> dict[str, float]:
 
 
 def kind_of(kernel: str) -> str:
-    """By its name; ours and inductor's before what their names may contain besides."""
+    """By its name, which inductor begins with what the kernel is and ends with what is fused in it."""
     name = kernel.lower()
-    order: tuple[str, ...] = ("LARS", "views", "reductions", "convolutions and products", "pointwise", "copies")
     if name.startswith("triton_"):
-        order = ("reductions", "pointwise")
-    return next((kind for kind in order if any(part in name for part in KINDS[kind])), "other")
+        own = {"red": "reductions", "per": "reductions", "poi": "pointwise", "tem": "convolutions and products"}
+        return own.get(name.split("_")[1], "other")
+    return next((kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "other")
 
 
 if __name__ == "__main__":
