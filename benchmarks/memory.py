@@ -6,7 +6,7 @@ Host: what a rank holds while it starts and trains, alone and beside others (Pss
 minimal script of ImageFolder, DataLoader and timm with its workers; what our loader takes for the batches it works on,
 against a DataLoader with as many workers; what a save takes beside the state. The step: peak GPU memory by loss form,
 precision and batch, compiled and not, and the largest batch that fits; without a GPU the bytes that autograd keeps for
-the backward pass. Four minutes on two cores."""
+the backward pass. Four minutes on two cores; about twenty on a GPU, of which most is compilation."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from barlow.config import Pretrain
+from barlow.config import Pretrain, Speed
 from barlow.data.cache import cached
 from barlow.data.loader import Loader
 from barlow.data.shards import read_index
+from barlow.engine import speed
 from barlow.engine.checkpoint import Checkpoints
 from barlow.recipes import PRETRAIN
 from barlow.stages import pretrain as stage
@@ -116,6 +117,29 @@ def of_loaders(folder: Path, quick: bool) -> Iterator[Row]:
     yield {"what": "our loader", "when": f"filling a cache of {whole} MB", **beyond(keep)}
     yield {"what": "our loader", "when": f"from it, batches of {megapixels} MB", **beyond(lambda: read(images[0]))}
 
+    if device().type == "cuda":
+        yield from on_gpu(Loader(index, ("train",), workers=WORKERS, pin=True), read, f"batches of {megapixels} MB")
+    yield of_data_loader(folder, batch, megapixels)
+
+
+def on_gpu(loader: Loader, read: Callable[[Any], None], told: str) -> Iterator[Row]:
+    """Pinned memory of the loader, which torch keeps for later use; GPU memory of the cache."""
+    torch.cuda.reset_peak_host_memory_stats()
+    read(loader)
+    pinned = torch.cuda.host_memory_stats()["allocated_bytes.peak"]
+    yield {"what": "our loader", "when": f"pinned, {told}", "beyond_mb": round(pinned / MB, 1)}
+    before = torch.cuda.memory_allocated()
+    cache = cached(loader, "gpu", device(), 0, lambda *_: None)
+    taken = torch.cuda.memory_allocated() - before
+    yield {
+        "what": "our loader",
+        "when": f"a cache of {len(cache)} images on the GPU",
+        "beyond_mb": round(taken / MB, 1),
+    }
+
+
+def of_data_loader(folder: Path, batch: int, megapixels: float) -> Row:
+    """Its workers too: their share of what they have in common with this process counts once."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
@@ -127,7 +151,7 @@ def of_loaders(folder: Path, quick: bool) -> Iterator[Row]:
     for _ in itertools.islice(source, 4):
         workers = [megabytes(worker.pid or 0)["Pss"] for worker in multiprocessing.active_children()]
         most = max(most, megabytes()["Pss"] + sum(workers) - before)
-    yield {
+    return {
         "what": "DataLoader, PIL",
         "when": f"{WORKERS} workers, batches of {megapixels} MB",
         "beyond_mb": round(most),
@@ -178,13 +202,16 @@ def of_steps(quick: bool) -> Iterator[Row]:
     gpu = device().type == "cuda"
     batches = (32,) if quick else (128, 256, 512, 1024) if gpu else (32, 64, 128)
     for form, bf16, compiled in itertools.product(("dxd", "nxn"), (True, False), (False, True) if gpu else (False,)):
-        step = Step(config_of(quick, form=form), bf16, compiled)
         name = f"a step, {form}, {'bf16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         for batch in batches:
-            yield {"what": name, "when": f"batch {batch}", **step.taken(batch)}
-        if gpu:
-            yield {"what": name, "when": "the largest batch that fits", "batch": largest(step.fits)}
-        del step
+            yield {
+                "what": name,
+                "when": f"batch {batch}",
+                **Step(config_of(quick, form=form), bf16, compiled).taken(batch),
+            }
+        if gpu and not compiled:  # each batch would be compiled anew
+            most = largest(Step(config_of(quick, form=form), bf16, compiled).fits)
+            yield {"what": name, "when": "the largest batch that fits", "batch": most}
 
 
 class Step:
@@ -192,8 +219,15 @@ class Step:
 
     def __init__(self, config: Pretrain, bf16: bool, compiled: bool) -> None:
         self.at, self.bf16, self.size = device(), bf16, 96 if device().type == "cuda" else 32
+        gc.collect()
+        if self.at.type == "cuda":  # what another one has left would count
+            torch.cuda.empty_cache()
         self.objective = stage.build(config, self.at)
-        self.call: Any = torch.compile(self.objective) if compiled else self.objective
+        self.call: Any = self.objective
+        if compiled:
+            torch.compiler.reset()
+            self.kept = tempfile.TemporaryDirectory()
+            self.call = speed.compiled(self.objective, Speed(compile="on"), self.at, Path(self.kept.name), print)
         self.optimizer = stage.Lars(stage.weights_and_biases(self.objective))
         self.own = {p.untyped_storage().data_ptr() for p in self.objective.parameters()}
 
@@ -222,11 +256,12 @@ class Step:
         """On a GPU the peak, weights, momentum and gradients included, once all is compiled."""
         if self.at.type == "cpu":
             return {"kept_mb": significant(self.run(batch) / MB)}
-        for _ in range(2):
+        for _ in range(4):  # CUDA graphs are recorded at the third
             self.run(batch)
         torch.cuda.reset_peak_memory_stats()
         self.run(batch)
-        return {"peak_mb": significant(torch.cuda.max_memory_allocated() / MB)}
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {"peak_mb": significant(peak / MB), "reserved_mb": significant(reserved / MB)}
 
     def fits(self, batch: int) -> bool:
         try:
