@@ -10,6 +10,7 @@ import functools
 import importlib
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 ENDS = {  # what the stage calls -> the phase that is over when it returns
     "build": "build",
     "prepare": "preflight",
@@ -98,10 +100,12 @@ def finish(torch: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from launchers import pretrain
+    sys.path.insert(0, str(ROOT))
+    from slurm import local
 
-    pretrain.STAGE = "phases"
-    code = pretrain.main(sys.argv[1:])
-    print(json.dumps({"cpu": time.process_time()}))
-    raise SystemExit(code)
+    command = local.command
+    local.command = lambda module, folder: command("phases", folder)  # all else is as ever
+    try:
+        runpy.run_path(str(ROOT / "launchers" / "pretrain.py"), run_name="__main__")
+    finally:
+        print(json.dumps({"cpu": time.process_time()}))
