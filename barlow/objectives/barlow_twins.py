@@ -89,29 +89,31 @@ def gathering(z: Tensor, form: Form) -> dist.Gathering | None:
     return dist.Gathering(z)
 
 
-def standardise(z: Tensor) -> Tensor:
-    """z [n, D] -> mean 0 and variance 1 a dimension over the global batch, in float32 at least.
+def standardise(z_a: Tensor, z_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Each [n, D] -> mean 0 and variance 1 a dimension over the global batch, in float32 at least.
 
     As the reference implementation has it: batch norm without affine, so the biased variance plus eps under the root
     (a dimension that has collapsed gives 0, not NaN). The paper divides by the norm of the centred column: the same
     without eps. Other code bases differ: some take the unbiased deviation, which multiplies C by 1 - 1/N.
     """
-    z = _wide(z)
     if dist.world_size() == 1:
-        return F.batch_norm(z, None, None, training=True, eps=EPS)
+        a, b = (F.batch_norm(_wide(z), None, None, training=True, eps=EPS) for z in (z_a, z_b))
+        return a, b
+    z = _wide(torch.cat([z_a, z_b], dim=1))  # both at once, for one collective each way
     mean, variance, _ = moments(z.detach(), [0])
-    return standardised(z, mean, (variance + EPS).rsqrt(), z.shape[0] * dist.world_size())
+    a, b = standardised(z, mean, (variance + EPS).rsqrt(), z.shape[0] * dist.world_size()).chunk(2, dim=1)
+    return a, b
 
 
 def _dxd(z_a: Tensor, z_b: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Diagonal of C [D] and sum of squares off it, from C itself [D, D]: D^2 numbers to sum over the ranks."""
-    a, b = standardise(torch.cat([z_a, z_b], dim=1)).chunk(2, dim=1)
+    a, b = standardise(z_a, z_b)
     diagonal = dist.replicated_sum((a * b).sum(0)) / total
-    c = dist.replicated_sum((a.to(z_a.dtype).T @ b.to(z_b.dtype)).to(a.dtype)) / total
-    return diagonal, c.square().sum() - c.diagonal().square().sum()
+    c = dist.replicated_sum((a.to(z_a.dtype).T @ b.to(z_b.dtype)).to(a.dtype))
+    return diagonal, c.fill_diagonal_(0).square().sum() / total**2
 
 
-def _nxn(z_a: Tensor, z_b: Tensor, total: int, everyone: dist.Gathering | None) -> tuple[Tensor, Tensor]:
+def _nxn(z_a: Tensor, z_b: Tensor, total: int, everyone_a: dist.Gathering | None) -> tuple[Tensor, Tensor]:
     """The same without C, from the Gram matrices [N, N] of both views: ||A^T B||^2 = sum((A A^T) o (B B^T)).
 
     Each rank makes its own rows of both Gram matrices, from everyone's Z. They are symmetric, so the gradient through
@@ -121,7 +123,7 @@ def _nxn(z_a: Tensor, z_b: Tensor, total: int, everyone: dist.Gathering | None) 
     Subtracting the diagonal from ||C||^2 costs hardly a digit where this form is the cheaper one: unrelated dimensions
     still correlate by chance, 1/N in square, so D^2 - D of them are about D/N times the diagonal's D squares.
     """
-    a, b, all_a, all_b = _own_and_everyone_s(z_a, z_b, everyone)
+    a, b, all_a, all_b = _own_and_everyone_s(z_a, z_b, everyone_a)
     gram_a, gram_b = ((own.to(z_a.dtype) @ rows.T).to(a.dtype) for own, rows in ((a, all_a), (b, all_b)))  # [n, N]
     half = (gram_a * gram_b).sum() / total**2
     parts = torch.cat([(a * b).sum(0) / total, (2 * half - half.detach())[None]])
@@ -129,21 +131,21 @@ def _nxn(z_a: Tensor, z_b: Tensor, total: int, everyone: dist.Gathering | None) 
     return diagonal, square.squeeze() - diagonal.square().sum()
 
 
-def _own_and_everyone_s(z_a: Tensor, z_b: Tensor, everyone: dist.Gathering | None) -> tuple[Tensor, ...]:
+def _own_and_everyone_s(z_a: Tensor, z_b: Tensor, everyone_a: dist.Gathering | None) -> tuple[Tensor, ...]:
     """Both views standardised: own rows [n, D], wide and differentiable; all rows [N, D] in the dtype of z, without.
 
     z travels as it is, so that it can leave as soon as it is made; each rank then finds everyone's statistics itself.
     """
-    z = torch.cat([z_a, z_b], dim=1)
     if dist.world_size() == 1:
-        a, b = standardise(z).chunk(2, dim=1)
-        return a, b, a.detach().to(z.dtype), b.detach().to(z.dtype)
+        a, b = standardise(z_a, z_b)
+        return a, b, a.detach().to(z_a.dtype), b.detach().to(z_b.dtype)
     means, inverses, rows = [], [], []
-    for arriving in (everyone or dist.Gathering(z_a), dist.Gathering(z_b)):
+    for arriving in (everyone_a or dist.Gathering(z_a), dist.Gathering(z_b)):
         y, mean, inverse = torch.native_batch_norm(_wide(arriving.rows()), None, None, None, None, True, 0.0, EPS)
         means.append(mean)
         inverses.append(inverse)  # 1 / deviation
-        rows.append(y.to(z.dtype))
+        rows.append(y.to(z_a.dtype))
+    z = torch.cat([z_a, z_b], dim=1)
     own = standardised(_wide(z), torch.cat(means), torch.cat(inverses), z.shape[0] * dist.world_size())
     return *own.chunk(2, dim=1), *rows
 
