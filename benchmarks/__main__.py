@@ -15,7 +15,7 @@ import time
 
 from measure import ROOT, asked
 
-NAMES = ("lars", "views", "loader", "loss", "step", "end_to_end", "scaling", "startup", "memory")
+NAMES = ("lars", "views", "loader", "loss", "step", "end_to_end", "scaling", "startup", "memory", "interruption")
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -38,6 +39,11 @@ class Lars(torch.optim.Optimizer):
     `backend` is who computes it: our two kernels (`fused`), NVIDIA's `apex`, torch's `foreach`, or the first of these
     that works here (`auto`). It can change from run to run: the state is the same.
     """
+
+    # torch wraps these for its compiler, whose import takes longer than the rest of a start; this is never compiled.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
 
     backend = "foreach"
     _fused: Fused | None = None
@@ -111,7 +117,7 @@ class Lars(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, which casts the state to the dtype of its parameter: a float32 momentum is kept here."""
-        super().load_state_dict(state_dict)
+        inspect.unwrap(torch.optim.Optimizer.load_state_dict)(self, state_dict)
         ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for key, p in zip(ids, params, strict=True):

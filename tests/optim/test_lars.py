@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -286,3 +288,20 @@ def test_the_gpu_agrees(options: dict[str, Any]) -> None:
     torch.testing.assert_close([p.cpu() for p in ours], theirs, rtol=1e-11, atol=1e-11)
     single = fast(parameters(torch.float32, "cuda"), options, 9)
     torch.testing.assert_close([p.cpu().double() for p in single], theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_it_does_without_torch_s_compiler() -> None:
+    """Whose import takes longer than the rest of a start."""
+    code = """
+import sys, torch
+from barlow.optim.lars import Lars
+p = torch.nn.Parameter(torch.ones(3, 3))
+optimizer = Lars([p], lr=0.1)
+p.grad = torch.ones(3, 3)
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_state_dict(optimizer.state_dict())
+assert p.grad is None and optimizer.state[p]["momentum"].norm() > 0
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
