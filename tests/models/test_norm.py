@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from barlow import dist
-from barlow.models.norm import GlobalBatchNorm, moments, synchronise
+from barlow.models.norm import GlobalBatchNorm, moments, standardised, synchronise
 
 Ranks = Callable[..., list[Any]]
 
@@ -112,6 +112,21 @@ def test_gradient_of_the_form_for_ranks() -> None:
     nn.init.normal_(norm.weight)
     x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(norm, (x,))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_standardised_by_statistics_that_came_another_way(device: str) -> None:
+    """The statistics of all, found with the rows of all, as the loss does; alone, that is batch norm without weights."""
+    x = samples(1, 9).to(device).requires_grad_()
+    weights = torch.linspace(-1, 2, 9, dtype=torch.float64, device=device)[:, None]
+    everyone, mean, inverse = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 1e-5)
+    y = standardised(x, mean, inverse, 9)
+    expected = nn.functional.batch_norm(x, None, None, training=True, eps=1e-5)
+    assert_same(y, expected)
+    assert_same(everyone, expected.detach())
+    (found,), (sought,) = (torch.autograd.grad((weights * z.pow(3)).sum(), x) for z in (y, expected))
+    assert float(sought.abs().max()) > 0.1
+    assert_same(found, sought)
 
 
 def test_half_precision_activations_come_back_in_their_dtype() -> None:

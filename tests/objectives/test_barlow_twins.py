@@ -147,6 +147,17 @@ def test_bfloat16_products_stay_near_and_sums_stay_float32(form: Form) -> None:
     assert torch.equal(single, plain)
 
 
+@pytest.mark.gpu
+@each_form
+def test_on_a_gpu_it_is_the_same_loss(form: Form) -> None:
+    z_a, z_b = (z.bfloat16() for z in pair(64, 256, correlation=0.9))
+    exact = with_gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051, 1.0, "dxd")[0], z_a.double(), z_b.double())
+    ours = with_gradients(lambda a, b: barlow_twins_loss(a, b, 0.0051, 1.0, form)[0], z_a.cuda(), z_b.cuda())
+    assert float((ours[0].cpu() / exact[0] - 1).abs()) < 5e-3
+    for grad, expected in zip(ours[1:], exact[1:], strict=True):
+        assert float(torch.cosine_similarity(grad.cpu().double().flatten(), expected.flatten(), dim=0)) > 0.999
+
+
 def test_auto_takes_the_cheaper_form(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Form] = []
     for form in FORMS:
