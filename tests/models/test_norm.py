@@ -14,6 +14,7 @@ from barlow import dist
 from barlow.models.norm import GlobalBatchNorm, moments, standardised, synchronise
 
 Ranks = Callable[..., list[Any]]
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -114,9 +115,9 @@ def test_gradient_of_the_form_for_ranks() -> None:
     assert torch.autograd.gradcheck(norm, (x,))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
 def test_standardised_by_statistics_that_came_another_way(device: str) -> None:
-    """The statistics of all, found with the rows of all, as the loss does; alone, that is batch norm without weights."""
+    """The statistics of all, found with the rows of all, as the loss does; alone: batch norm without weights."""
     x = samples(1, 9).to(device).requires_grad_()
     weights = torch.linspace(-1, 2, 9, dtype=torch.float64, device=device)[:, None]
     everyone, mean, inverse = torch.native_batch_norm(x.detach(), None, None, None, None, True, 0.0, 1e-5)

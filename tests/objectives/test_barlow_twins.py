@@ -148,6 +148,7 @@ def test_bfloat16_products_stay_near_and_sums_stay_float32(form: Form) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @each_form
 def test_on_a_gpu_it_is_the_same_loss(form: Form) -> None:
     z_a, z_b = (z.bfloat16() for z in pair(64, 256, correlation=0.9))
