@@ -167,6 +167,20 @@ def machine(device: torch.device) -> str:
     return f"{told}-{hashlib.sha256(exact.encode()).hexdigest()[:8]}"
 
 
+def own_folder(path: Path) -> Path:
+    """An empty folder on the local disk for what belongs in `path`. The same one at each start, so that processes which
+    end without cleaning up leave one folder behind, not one each."""
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"barlow-compiled-{os.getuid()}-{digest}"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:  # another user's, or another process is at it
+        folder = Path(tempfile.mkdtemp(prefix="barlow-compiled-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 class Kept:
     """Inductor's folder of compiled code: this process's own on the local disk, and in one file of the run folder.
 
@@ -176,8 +190,7 @@ class Kept:
 
     def __init__(self, path: Path, say: Say) -> None:
         self.path, self.say = path, say
-        self.local = Path(tempfile.mkdtemp(prefix="barlow-compiled-"))
-        atexit.register(shutil.rmtree, self.local, ignore_errors=True)
+        self.local = own_folder(path)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.local)
         os.environ["TRITON_CACHE_DIR"] = str(self.local / "triton")
         self._unpack()

@@ -186,6 +186,16 @@ def test_what_was_compiled_is_there_at_the_next_start(kept: Path) -> None:
     assert not said
 
 
+def test_starts_that_end_without_cleaning_up_leave_one_folder_behind(tmp_path: Path) -> None:
+    first = speed.own_folder(tmp_path / "x.tar")
+    (first / "left").touch()
+    again = speed.own_folder(tmp_path / "x.tar")
+    assert again == first
+    assert again.stat().st_mode & 0o777 == 0o700
+    assert not list(again.iterdir())
+    assert speed.own_folder(tmp_path / "y.tar") != first
+
+
 @pytest.mark.parametrize("damage", [b"", b"short", b"x" * 1000])
 def test_a_damaged_file_is_as_good_as_none(damage: bytes, kept: Path) -> None:
     said: list[str] = []
