@@ -145,9 +145,11 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     ranks |= {"LOCAL_RANK": environment["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": str(local_world)}
     ranks["MASTER_ADDR"] = reachable(hosts[0], environment)
     ranks["MASTER_PORT"] = str(port(int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_RESTART_COUNT", "0"))))
+    share = max(1, int(environment.get("SLURM_CPUS_ON_NODE", "1")) // local_world)
+    cores = environment.get("SLURM_CPUS_PER_TASK") or str(share)
+    ranks["BARLOW_CORES"] = cores  # for the threads that decode, whatever torch was told of its own
     if "OMP_NUM_THREADS" not in environment:
-        cores = int(environment.get("SLURM_CPUS_ON_NODE", "1")) // local_world
-        ranks["OMP_NUM_THREADS"] = environment.get("SLURM_CPUS_PER_TASK") or str(max(1, cores))
+        ranks["OMP_NUM_THREADS"] = cores
     return ranks
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from barlow import dist, stop
 from barlow.engine.checkpoint import Checkpoints
+from barlow.engine.pace import Pace
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
 from barlow.errors import Preempted
@@ -70,9 +71,10 @@ def fit(
     if plan.evaluates(start) and dist.broadcast(recorder.unevaluated):  # it was told to stop there
         pulse.beat(start, "evaluate", plan.start_seconds)
         recorder.amend(dict(evaluate()))
-    clock = time.perf_counter()
+    clock, pace = time.perf_counter(), Pace()
     with stop.heeding():
         for at in range(start, plan.steps):
+            pace.wait()
             within = plan.start_seconds if at == start else plan.move_seconds
             pulse.beat(at, "data", within)
             asked = time.perf_counter()
@@ -84,9 +86,11 @@ def fit(
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr
             loss, metrics = step(batch, at)
+            del batch  # the device may have its memory for the next
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            pace.enqueued(loss)
 
             done = at + 1
             pending.append((done, loss.detach(), metrics, lrs[0], waited))

@@ -58,7 +58,9 @@ def test_ranks_from_the_step(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[str, str]) -> None:
-    assert "OMP_NUM_THREADS" not in ranks(monkeypatch, OMP_NUM_THREADS="3")
+    told = ranks(monkeypatch, OMP_NUM_THREADS="3")
+    assert "OMP_NUM_THREADS" not in told
+    assert told["BARLOW_CORES"] == "6"
 
 
 def test_unknown_names_fall_back_to_sruns_address(monkeypatch: pytest.MonkeyPatch, known_hosts: dict[str, str]) -> None:
