@@ -24,7 +24,7 @@ import pytest
 
 from slurm import devcluster
 
-pytest_plugins = ["tests.beside"]
+pytest_plugins = ["tests.beside", "tests.kernels.emulator"]
 
 ROOT = Path(__file__).parents[1]
 SLURM_TESTS = ROOT / "tests" / "slurm"

@@ -23,7 +23,7 @@ from barlow.kernels import build
 from barlow.optim import fused
 from barlow.optim.fused import Fused
 from barlow.optim.lars import Lars, reference_step
-from tests.kernels.conftest import ORDERS, OnCpu
+from tests.kernels.emulator import ORDERS, OnCpu
 
 CHUNK = 4096  # small, so that tensors of a few thousand elements have several
 SIZES = [1, 2, 3, 5, 255, 1027, 3100, CHUNK, 2 * CHUNK + 813]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from barlow.kernels import build
-from tests.kernels.conftest import ORDERS, OnCpu
+from tests.kernels.emulator import ORDERS, OnCpu
 
 COMMON = (build.FOLDER / "common.cuh").read_text()
 KERNELS = (

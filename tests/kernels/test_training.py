@@ -13,7 +13,7 @@ from barlow.data import views
 from barlow.objectives.barlow_twins import BarlowTwins
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars
-from tests.kernels.conftest import OnCpu
+from tests.kernels.emulator import OnCpu
 
 SIZE, STEPS = 24, 6
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)

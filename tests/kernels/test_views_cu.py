@@ -27,7 +27,7 @@ from barlow.data.views import apply
 from barlow.kernels import build
 from tests.data.test_draw import same, unchanged
 from tests.data.test_views import noise
-from tests.kernels.conftest import ORDERS as THREAD_ORDERS
+from tests.kernels.emulator import ORDERS as THREAD_ORDERS
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.31, 0.27, 0.24)
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -1,4 +1,6 @@
-"""Our CUDA kernels without a GPU: the same source, compiled by g++, its threads as fibers (see on_cpu.h)."""
+"""Our CUDA kernels without a GPU: the same source, compiled by g++, its threads as fibers (see on_cpu.h).
+
+A plugin, for its fixtures."""
 
 from __future__ import annotations
 
