@@ -103,12 +103,12 @@ class Lars:
 
 @dataclass(frozen=True)
 class Speed:
-    """How a step is carried out, not what it computes; auto: yes on a GPU."""
+    """How a step is carried out, not what it computes; auto: what pays on this device."""
 
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile for backbone, projector and loss."""
-    graphs: Literal["auto", "on", "off"] = "auto"
-    """CUDA graphs of what is compiled."""
+    """torch.compile for backbone, projector and loss; auto: on a GPU."""
+    graphs: Literal["auto", "off"] = "auto"
+    """CUDA graphs of what is compiled; auto: where one rank trains alone on a GPU."""
     views: Literal["auto", "fused", "reference"] = "auto"
     """Views by our CUDA kernel, or by torch's operations."""
 

@@ -21,9 +21,12 @@ Told = Callable[[int, int], None]
 """Called while images are decoded: how many are, and of how many."""
 
 
-def cached(loader: Loader, where: str, device: torch.device, memory: int, told: Told) -> Loader | Cache:
+def cached(
+    loader: Loader, where: str, device: torch.device, memory: int, told: Told, training: int = 0
+) -> Loader | Cache:
     """The loader itself for "none"; else what gives the same batches from decoded images: "ram", of which this rank may
-    take `memory` bytes, or "gpu". That there is no room is a UserError before anything is decoded."""
+    take `memory` bytes, or "gpu", of which training will yet take `training`. That there is no room is a UserError
+    before anything is decoded."""
     if where == "none":
         return loader
     if where == "gpu" and device.type != "cuda":
@@ -32,8 +35,8 @@ def cached(loader: Loader, where: str, device: torch.device, memory: int, told: 
     if where == "ram":
         free, whose, choice = memory, "this rank may take", "ask for more memory (--mem), or give --data.cache none"
     else:
-        free = torch.cuda.mem_get_info(device)[0]
-        whose, choice = "its GPU has left", "give --data.cache ram, or none"
+        free = torch.cuda.mem_get_info(device)[0] - training
+        whose, choice = "its GPU has left beside gradients and momenta", "give --data.cache ram, or none"
     if need > free:
         what = f"{len(loader):,} images of {loader.size} px take {need / 1e9:,.2f} GB"
         raise UserError(f"--data.cache {where}: {what} decoded, {whose} {max(free, 0) / 1e9:,.2f} GB: {choice}")

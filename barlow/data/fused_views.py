@@ -19,6 +19,7 @@ from barlow.data.chance import WORD, Use
 from barlow.data.draw import Kind, Params, central_box, factor_ranges, halvings, threshold
 from barlow.kernels.launch import Kernels
 
+DTYPES = (torch.float32, torch.bfloat16)  # of views
 COLUMNS = 16  # of a row of parameters, each of four bytes
 WIDEST = 672  # threads in a block, at most: the kernel's limit, and a line of 224 pixels each
 STATIC_SHARED = 512  # bytes that the kernel has besides those of the launch, at most

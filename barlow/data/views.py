@@ -57,7 +57,7 @@ def make(
     The place of a kind is its lane: a view is a function of (seed, epoch, id, its place and kind) alone.
     """
     fused, _ = kernels_for(images.device, by)
-    if fused:
+    if fused and dtype in fused_views.DTYPES:
         return fused_views.make(fused, images, ids, kinds, seed, epoch, mean, std, dtype)
     height, width = images.shape[1:3]
     drawn = [draw_kind(kind, lane, seed, epoch, ids, height, width) for lane, kind in enumerate(kinds)]

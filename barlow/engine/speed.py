@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from barlow import config, dist
+from barlow.errors import UserError
 from barlow.files import write_whole
 
 Forward = Callable[[Sequence[Tensor]], tuple[Tensor, Mapping[str, Tensor]]]
@@ -42,21 +43,24 @@ def compiled(
     folder: Path,
     say: Say,
     pieces: Sequence[nn.Module] = (),
+    why: str | None = None,
 ) -> Forward:
     """What to call with the views instead of `model`: loss and metrics, which stay valid for as long as one keeps them.
 
     Alone, all of it is compiled at once. Among ranks, these `pieces` of it are, each in one: what lies between them has
     collectives that are waited for later, and DistributedDataParallel takes their gradients up as it did. What is
-    compiled is kept in `folder` for the next start of the run.
+    compiled is kept in `folder` for the next start of the run. `why`: what `why_not` has said.
     """
-    if why := why_not(knobs, device):
+    if why := why_not(knobs, device) if why is None else why:
         say(f"step: not compiled: {why}")
         return model
     alone = dist.world_size() == 1
     graphs = knobs.graphs != "off" and device.type == "cuda" and alone
+    say("step: to be compiled, at the first one")
     kept = Kept(folder / f"{machine(device)}-{dist.local_rank()}.tar", say)
     _order_fixed()
-    say(f"step: compiled, {'in CUDA graphs' if graphs else 'without CUDA graphs'}")
+    if "deterministic" not in options(graphs):
+        say(f"warning: torch {torch.__version__} compiles by timing: a resumed run may end with other bits")
     if alone:
         return _Compiled(torch.compile(model, dynamic=False, options=options(graphs)), graphs, kept, say)
     torch._dynamo.config.optimize_ddp = False  # it would cut the pieces up where gradients are sent, and cannot
@@ -68,7 +72,7 @@ def compiled(
 def _compile_in_place(piece: nn.Module) -> None:
     """Its calls in training are compiled; in an evaluation it is what it was, for any size of batch."""
     eager = piece.forward
-    fast = torch.compile(eager, dynamic=False, fullgraph=True, options=options(graphs=False))
+    fast = torch.compile(eager, dynamic=False, options=options(graphs=False))
 
     def forward(*arguments: Any) -> Any:
         return (fast if piece.training else eager)(*arguments)
@@ -90,7 +94,8 @@ class _Compiled:
         elif self.calls == 1:  # backward is compiled at the first call of it: only now all of it is done
             fresh = self.kept.keep()
             source = "compilation included" if fresh else "compiled at an earlier start"
-            self.say(f"first step: {time.perf_counter() - self.began:.1f} s, {source}")
+            seconds = time.perf_counter() - self.began
+            self.say(f"step: compiled, {self.in_graphs()}; the first took {seconds:.1f} s, {source}")
         self.calls += 1
         if not self.graphs:
             loss, metrics = self.fast(views)
@@ -101,9 +106,25 @@ class _Compiled:
         # the optimizer has used them by then, and zero_grad(set_to_none=True) has let go of them.
         return loss.clone(), {name: metric.clone() for name, metric in metrics.items()}
 
+    def in_graphs(self) -> str:
+        if not self.graphs:
+            return "without CUDA graphs"
+        left_out = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]  # which inductor tells nobody
+        return f"but {left_out} parts of it not in CUDA graphs" if left_out else "in CUDA graphs"
+
 
 def why_not(knobs: config.Speed, device: torch.device) -> str:
-    """Why nothing is compiled here; empty if it is. Known before the first step, which would fail of it."""
+    """Why nothing is compiled; empty if it is: the same on all ranks, which would otherwise wait for each other in
+    different collectives. Known before the first step, which would fail of it; "on" that cannot be is a UserError."""
+    why = _why_not_here(knobs, device)
+    if dist.highest(int(bool(why))) and not why:
+        why = "another rank cannot"
+    if why and knobs.compile == "on":
+        raise UserError(f"--speed.compile on: {why}; give auto or off")
+    return why
+
+
+def _why_not_here(knobs: config.Speed, device: torch.device) -> str:
     if knobs.compile == "off":
         return "as asked"
     if knobs.compile == "auto" and device.type == "cpu":
@@ -171,7 +192,8 @@ def own_folder(path: Path) -> Path:
     """An empty folder on the local disk for what belongs in `path`. The same one at each start, so that processes which
     end without cleaning up leave one folder behind, not one each."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"barlow-compiled-{os.getuid()}-{digest}"
+    root = "/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir()  # not a job's own: files name one another
+    folder = Path(root) / f"barlow-compiled-{os.getuid()}-{digest}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(mode=0o700)

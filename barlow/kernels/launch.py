@@ -13,7 +13,7 @@ from torch import Tensor
 from barlow.kernels import build
 from barlow.kernels.build import UnavailableError
 
-STATIC_SHARED = 48 * 1024  # bytes that a kernel may have without asking for more
+UNASKED = 47 * 1024  # bytes of dynamic shared memory that any kernel gets: of 48 KB, static ones are part
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a function's attribute, by its number in cuda.h
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a device's
 
@@ -46,7 +46,7 @@ class Kernels:
         del passed  # the driver has copied them
 
     def function(self, name: str, shared: int) -> ctypes.c_void_p:
-        found, allowed = self.functions.get(name, (ctypes.c_void_p(), STATIC_SHARED))
+        found, allowed = self.functions.get(name, (ctypes.c_void_p(), UNASKED))
         if not found:
             self.run(lambda: driver().cuModuleGetFunction(ctypes.byref(found), self.module, name.encode()))
         if shared > allowed:

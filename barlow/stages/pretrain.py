@@ -58,7 +58,8 @@ def main(run_folder: str) -> None:
     loader = together(lambda: Loader(near, config.data.splits, workers=config.data.workers, pin=pin))
     plan = plan_of(config, len(loader))
 
-    model = distribute(objective, device, compiled=not speed.why_not(config.speed, device))
+    eager = speed.why_not(config.speed, device)  # and why
+    model = distribute(objective, device, compiled=not eager)
     knobs = config.optim
     optimizer = Lars(
         weights_and_biases(objective),
@@ -77,7 +78,8 @@ def main(run_folder: str) -> None:
         recorder.say(line)
     room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     filling = filling_of(config, recorder, beats)
-    source = together(lambda: cached(loader, config.data.cache, device, room, filling))
+    training = 2 * sum(p.nbytes for p in objective.parameters())  # gradients and momenta
+    source = together(lambda: cached(loader, config.data.cache, device, room, filling, training))
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
 
@@ -90,7 +92,7 @@ def main(run_folder: str) -> None:
     side = config.knn.size or config.views.size
     recorder.say(f"{views.way(device, config.speed.views)}, LARS by {optimizer.backend}")
     pieces = (objective.backbone, objective.projector)
-    forward = speed.compiled(model, config.speed, device, folder / "compiled", recorder.say, pieces)
+    forward = speed.compiled(model, config.speed, device, folder / "compiled", recorder.say, pieces, eager)
 
     def make(images: Tensor, ids: Tensor, at: int) -> list[Tensor]:
         epoch = at // plan.steps_per_epoch

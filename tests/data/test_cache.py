@@ -92,12 +92,15 @@ def test_what_does_not_fit_is_said_before_anything_is_decoded(tiny_data: Path, m
     line = r"^--data.cache ram: 144 images of 32 px take 0.00 GB decoded, this rank may take 0.00 GB: .* none$"
     with pytest.raises(UserError, match=line):
         cached(loader, "ram", CPU, need - 1, quiet)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (9_800_000_000, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12_800_000_000, 0))
     monkeypatch.setattr(Loader, "__len__", lambda self: 512_000)
     loader.size = 96
-    line = r"512,000 images of 96 px take 14.16 GB decoded, its GPU has left 9.80 GB: give --data.cache ram, or none$"
+    line = (
+        r"512,000 images of 96 px take 14.16 GB decoded, its GPU has left beside gradients and momenta 9.80 GB: "
+        r"give --data.cache ram, or none$"
+    )
     with pytest.raises(UserError, match=line):
-        cached(loader, "gpu", torch.device("cuda"), ROOM, quiet)
+        cached(loader, "gpu", torch.device("cuda"), ROOM, quiet, training=3_000_000_000)
 
 
 def test_what_just_fits_is_taken(tiny_data: Path) -> None:

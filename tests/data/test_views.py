@@ -127,6 +127,12 @@ def test_float32_is_near_float64() -> None:
         assert (narrow - wide).abs().max() < 5e-6
 
 
+def test_what_the_kernel_cannot_give_is_given_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "load", lambda *_: "kernels that are not to be called")
+    a, b = pair(noise(4, 96, 96), torch.arange(4), Views(size=32), 0, 0, MEAN, STD, torch.float64)
+    assert a.dtype == b.dtype == torch.float64
+
+
 def test_apply_computes_in_float32_whatever_is_asked_of_it_or_around_it() -> None:
     images = noise(8, 96, 96)
     p = draw(Views(size=48), 0, 0, 0, torch.arange(8), 96, 96)

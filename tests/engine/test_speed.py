@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from barlow import config, dist
 from barlow.config import Speed
 from barlow.engine import speed
+from barlow.errors import UserError
 from barlow.models.norm import synchronise
 from barlow.objectives.barlow_twins import BarlowTwins
 from barlow.optim.groups import weights_and_biases
@@ -66,14 +67,28 @@ def test_by_default_a_cpu_calls_the_model_itself(knobs: Speed, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("compiler", "told"), [("no-such-compiler", "there is no C"), ("false", "finds no Python.h")])
-def test_without_a_compiler_the_step_stays_as_it_is(
+def test_without_a_compiler_nothing_can_be_compiled(
     compiler: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(UserError, match=f"--speed.compile on: .*{told}.*; give auto or off"):
+        speed.compiled(tiny(), ON, CPU, tmp_path, print)
+
+
+def test_where_it_was_not_asked_for_the_step_stays_as_it_is(tmp_path: Path) -> None:
     model, said = tiny(), list[str]()
-    assert speed.compiled(model, ON, CPU, tmp_path, said.append) is model
-    assert len(said) == 1
-    assert told in said[0]
+    assert speed.compiled(model, Speed(), CPU, tmp_path, said.append, why="gcc is not here") is model
+    assert said == ["step: not compiled: gcc is not here"]
+
+
+def ask() -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_why_not_here", lambda *_: "" if dist.rank() else "no gcc")
+        return speed.why_not(Speed(), CPU)
+
+
+def test_all_ranks_compile_or_none(on_ranks: Callable[..., list[Any]]) -> None:
+    assert on_ranks(2, ask) == ["no gcc", "another rank cannot"]
 
 
 @pytest.mark.slow
@@ -96,8 +111,8 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(tmp_path: Path) -> Non
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "compiled once, whole"
     assert not torch._dynamo.utils.counters["graph_break"]
     assert model.state_dict().keys() == eager.state_dict().keys()
-    assert said[0] == "step: compiled, without CUDA graphs"
-    assert said[1].startswith("first step: ")
+    assert said[0] == "step: to be compiled, at the first one"
+    assert said[1].startswith("step: compiled, without CUDA graphs; the first took ")
     assert said[1].endswith("compilation included")
     code = "".join(path.read_text() for path in fast.kept.local.rglob("*.py"))
     assert "max_pool2d_with_indices_backward" in code
@@ -109,7 +124,7 @@ def test_among_ranks_the_pieces_are_compiled_and_gradients_stay_right(
     on_ranks: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
     for said, graphs, found, rounding, true in on_ranks(2, on_a_rank, tmp_path, timeout=250):
-        assert said[0] == "step: compiled, without CUDA graphs"
+        assert said == ["step: to be compiled, at the first one"]
         assert graphs == 2, "backbone and projector, each in one"
         assert found.keys() == rounding.keys() == true.keys()
         for name, value in true.items():
@@ -239,6 +254,7 @@ def interrupted(folder: Path, device: str, resumed: str = "compiled at an earlie
     run(folder, 3, 6, device)
     first, second = torch.load(whole), torch.load(folder / "6 from 3.pt")
     assert first["said"][-1].endswith("compilation included")
+    assert f"compiled, {'in' if device == 'cuda' else 'without'} CUDA graphs;" in first["said"][-1]
     assert second["said"][-1].endswith(resumed)
     assert (second["missed"] == 0) == (resumed == "compiled at an earlier start")
     assert second["losses"] == first["losses"][3:]
