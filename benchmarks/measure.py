@@ -126,9 +126,16 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def circumstances(packages: Sequence[str] = ()) -> Row:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    where: Row = {"hardware": hardware(), "cores": len(os.sched_getaffinity(0)), "commit": git.stdout.strip()}
+    where: Row = {"hardware": hardware(), "cores": len(os.sched_getaffinity(0)), "commit": commit()}
     return where | {name: installed(name) for name in ("torch", *packages)}
+
+
+def commit() -> str:
+    """Of the code that was measured, marked where that is not all; results of other benchmarks do not count."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]).returncode
+    return name + ("-dirty" if changed else "")
 
 
 def hardware() -> str:
