@@ -189,7 +189,7 @@ def test_a_rank_that_waits_for_one_with_time_left_has_time_too(folder: Path, ran
 def test_a_node_that_is_gone_is_named_by_another(folder: Path, ranks: Start) -> None:
     """As a frozen node: neither the rank nor its watchdog is heard of again."""
     three = ranks(*[beats(3, "step", 1.0)] * 3)
-    heartbeat(folder, 1)
+    wait_for(lambda: heartbeat(folder, 1)["step"] == 3)
     os.kill(watchdog_of(three[1]), signal.SIGKILL)
     three[1].send_signal(signal.SIGSTOP)
     assert killed(three[0])
