@@ -2,8 +2,8 @@
 
     python benchmarks [--quick] [NAME ...]        (make bench; make bench QUICK=1)
 
-Half an hour on two CPU cores, less on a GPU; --quick: two minutes, and writes no file. One that fails does not keep the
-others from running; the exit code is then 1.
+Half an hour on two CPU cores, not timed on a GPU yet; --quick: two minutes, and writes no file. One that fails does not
+keep the others from running; the exit code is then 1.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 All step the same tensors with a momentum of their own, in turns. The bound is a copy that moves 28 bytes a parameter,
 as LARS must in float32: weights and gradients are read for the norms; weights, gradients and momenta are read again,
-and weights and momenta written. On a GPU, the parameters of WRN-50-2 and of ResNet-34 with their projectors, a
-minute and 20 GB of its memory; on a CPU, where there are no kernels of ours, those of ResNet-18 with one thread, one
-minute. `host` is what Python takes for a step of the fused LARS if nothing is launched.
+and weights and momenta written. On a GPU, the parameters of WRN-50-2 and of ResNet-34 with their projectors, not
+timed yet; on a CPU, where there are no kernels of ours, those of ResNet-18 with one thread, one minute. `host` is what
+Python takes for a step of the fused LARS if nothing is launched.
 """
 
 from __future__ import annotations

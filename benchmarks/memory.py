@@ -6,7 +6,8 @@ Host: what a rank holds while it starts and trains, alone and beside others (Pss
 minimal script of ImageFolder, DataLoader and timm with its workers; what our loader takes for the batches it works on,
 against a DataLoader with as many workers; what a save takes beside the state. The step: peak GPU memory by loss form,
 precision and batch, compiled and not, and the largest batch that fits; without a GPU the bytes that autograd keeps for
-the backward pass. Four minutes on two cores; about twenty on a GPU, of which most is compilation."""
+the backward pass. What is compiled runs without CUDA graphs here: a replay takes its memory past the allocator, which
+then knows no peak. Four minutes on two cores; not timed on a GPU yet."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ from barlow.recipes import PRETRAIN
 from barlow.stages import pretrain as stage
 from measure import ROOT, Row, asked, device, report, significant
 from phases import megabytes
+from reference_recipe import as_trained
 from startup import HERE, SAME, launch, make_images
+from step import compiles, fresh
 
 MB = 2**20
 WORKERS = 2
@@ -200,8 +203,9 @@ def of_a_save(folder: Path, quick: bool) -> Iterator[Row]:
 def of_steps(quick: bool) -> Iterator[Row]:
     """Forms, precisions, batches."""
     gpu = device().type == "cuda"
+    ways = (False, True) if gpu and compiles() else (False,)
     batches = (32,) if quick else (128, 256, 512, 1024) if gpu else (32, 64, 128)
-    for form, bf16, compiled in itertools.product(("dxd", "nxn"), (True, False), (False, True) if gpu else (False,)):
+    for form, bf16, compiled in itertools.product(("dxd", "nxn"), (True, False), ways):
         name = f"a step, {form}, {'bf16' if bf16 else 'float32'}{', compiled' if compiled else ''}"
         for batch in batches:
             yield {
@@ -219,18 +223,17 @@ class Step:
 
     def __init__(self, config: Pretrain, bf16: bool, compiled: bool) -> None:
         self.at, self.bf16, self.size = device(), bf16, 96 if device().type == "cuda" else 32
-        gc.collect()
-        if self.at.type == "cuda":  # what another one has left would count
-            torch.cuda.empty_cache()
+        fresh()  # what another one has left would count
         self.objective = stage.build(config, self.at)
         self.call: Any = self.objective
         if compiled:
-            torch.compiler.reset()
-            self.kept = tempfile.TemporaryDirectory()
-            self.call = speed.compiled(self.objective, Speed(compile="on"), self.at, Path(self.kept.name), print)
+            self.kept = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # it may still be written
+            knobs = Speed(compile="on", graphs="off")
+            self.call = speed.compiled(self.objective, knobs, self.at, Path(self.kept.name), print)
         self.optimizer = stage.Lars(stage.weights_and_biases(self.objective))
         self.own = {p.untyped_storage().data_ptr() for p in self.objective.parameters()}
 
+    @as_trained
     def run(self, batch: int) -> int:
         """Bytes that autograd keeps for the backward pass, of what is not a parameter; each storage once."""
         kept: dict[int, int] = {}
@@ -253,26 +256,35 @@ class Step:
         return sum(size for address, size in kept.items() if address not in self.own)
 
     def taken(self, batch: int) -> Row:
-        """On a GPU the peak, weights, momentum and gradients included, once all is compiled."""
+        """On a GPU the peak, weights, momentum and gradients included, once all is compiled; or that there is none."""
         if self.at.type == "cpu":
             return {"kept_mb": significant(self.run(batch) / MB)}
-        for _ in range(4):  # CUDA graphs are recorded at the third
+        try:
+            self.run(batch)  # compiles, and makes the momenta
+            self.empty()
+            torch.cuda.reset_peak_memory_stats()
             self.run(batch)
-        torch.cuda.reset_peak_memory_stats()
-        self.run(batch)
+        except torch.OutOfMemoryError:
+            return {"peak_mb": "out of memory"}
+        finally:
+            self.empty()
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {"peak_mb": significant(peak / MB), "reserved_mb": significant(reserved / MB)}
 
     def fits(self, batch: int) -> bool:
         try:
             self.run(batch)
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            gc.collect()
-            torch.cuda.empty_cache()
+            self.empty()
         return True
+
+    def empty(self) -> None:
+        """Lets go of all that is not weights and momenta."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def largest(fits: Callable[[int], bool], step: int = 64, most: int = 1 << 16) -> int:

@@ -2,13 +2,14 @@
 
 Images from an ImageFolder, both views made by PIL in a DataLoader's workers; a step in NCHW, eager, float16 with a
 GradScaler on a GPU, the loss through the D x D matrix, LARS in a loop over the tensors. The network is the one it is
-compared with, so that both do the same work.
+compared with, so that both do the same work. cuDNN chooses its algorithms as each has it set.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ from torch import Tensor, nn
 
 Views = Sequence[Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def cudnn(deterministic: bool, benchmark: bool) -> Iterator[None]:
+    """How cuDNN chooses its algorithms, which is set for the whole process, while one contestant runs."""
+    flags = torch.backends.cudnn
+    before = flags.deterministic, flags.benchmark
+    flags.deterministic, flags.benchmark = deterministic, benchmark
+    try:
+        yield
+    finally:
+        flags.deterministic, flags.benchmark = before
+
+
+# To be put around a step: one that is timed, and the one before it that warms up.
+as_published = cudnn(deterministic=False, benchmark=True)
+as_trained = cudnn(deterministic=True, benchmark=False)  # ours, by stages/pretrain.py
 
 
 class Step:
@@ -30,6 +48,7 @@ class Step:
         self.device = device
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda")
 
+    @as_published
     def __call__(self, views: Views) -> Tensor:
         a, b = (view.to(self.device, non_blocking=True) for view in views)
         self.optimizer.zero_grad()
@@ -101,15 +120,14 @@ def blurred(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-def batches(files: str, pair: Pair, batch: int, workers: int, pin: bool) -> Iterator[Views]:
-    """Without end: epoch after epoch, as the script goes through them."""
-    from torch.utils.data import DataLoader
+def batches(files: str, pair: Pair, batch: int, workers: int, pin: bool) -> Generator[Views, None, None]:
+    """Of random images, without end: the epochs of so few as are here would end every few steps, and with each the
+    workers run dry."""
+    from torch.utils.data import DataLoader, RandomSampler
     from torchvision.datasets import ImageFolder
 
     folder = ImageFolder(files, pair)
-    loader: Any = DataLoader(
-        folder, batch, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pin, persistent_workers=workers > 0
-    )
-    while True:
-        for views, _ in loader:
-            yield views
+    sampler = RandomSampler(folder, replacement=True, num_samples=1 << 40)
+    loader: Any = DataLoader(folder, batch, sampler=sampler, num_workers=workers, pin_memory=pin)
+    for views, _ in loader:
+        yield views

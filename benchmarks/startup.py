@@ -6,7 +6,8 @@ In turns: the launcher with a rank that begins; the same command again, which go
 has left when it was told to stop; a minimal script of torchvision's ImageFolder, a DataLoader and timm's network up to
 its first step; the same with lightly's transform and loss; and `import torch` alone, below which none can be. On a GPU
 Wide-ResNet-50-2 at batch 512, compiled and not; else ResNet-18 at batch 16. Wall seconds by phase, and the CPU seconds
-of all processes together: what counts where several ranks share cores. Five minutes on two cores."""
+of all processes together: what counts where several ranks share cores. Five minutes on two cores; on a GPU not
+timed yet."""
 
 from __future__ import annotations
 

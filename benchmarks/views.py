@@ -7,8 +7,8 @@ uint8 images are on the device; timed is a pair of normalised views of each, by 
 a time. `parameters` says whose they are: torchvision draws them once for a batch, which is another and weaker
 augmentation, so it also runs image by image. Not the same on all: only ours has a counter for every sample, and PIL's
 blur is an approximation. PIL and torchvision run in one process here: what a DataLoader's workers make of the cores is
-another benchmark's question. Takes two minutes, --quick some seconds. (Passive: where cores are shared, torch's threads
-that spin while they wait cost all but PIL a hundred times as much.)
+another benchmark's question. Two minutes on a CPU, on a GPU not timed yet; --quick some seconds. (Passive: where cores
+are shared, torch's threads that spin while they wait cost all but PIL a hundred times as much.)
 """
 
 from __future__ import annotations

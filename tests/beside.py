@@ -31,6 +31,10 @@ class Done(NamedTuple):
     told: str
 
 
+PATIENCE = 1200.0
+"""Seconds that a test waits for what its commands, and those before them, come to."""
+GRACE = 10.0
+"""Seconds between being told to end and being killed."""
 STARTED = pytest.StashKey[list[Future[Done]]]()
 
 
@@ -41,7 +45,8 @@ class Beside:
         self.folder = Path(tempfile.mkdtemp(prefix="beside-"))
         self.thread = ThreadPoolExecutor(1)
         self.running: subprocess.Popen[str] | None = None
-        self.over = threading.Event()
+        self.over = False
+        self.lock = threading.Lock()  # nothing starts once it is over
 
     def start(self, item: pytest.Item, number: int) -> None:
         folder = self.folder / str(number)
@@ -50,29 +55,38 @@ class Beside:
         item.stash[STARTED] = [self.thread.submit(self.run, words, folder) for words in commands]
 
     def run(self, words: list[str], folder: Path) -> Done:
-        if self.over.is_set():
-            return Done(folder, -1, "")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.running = subprocess.Popen(
-            ["nice", "-n", "19", *words],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with self.lock:
+            if self.over:
+                return Done(folder, -1, "")
+            self.running = subprocess.Popen(
+                ["nice", "-n", "19", *words],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         told, _ = self.running.communicate()
         return Done(folder, self.running.returncode, told)
 
     def end(self) -> None:
         """Also when the tests are interrupted: nothing is left."""
-        self.over.set()
+        with self.lock:
+            self.over = True
         if self.running and self.running.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.running.pid, signal.SIGTERM)
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.running.wait(GRACE)
+            self._signal(signal.SIGKILL)  # also those of its session that outlive it, and hold its output open
         self.thread.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.running is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.running.pid, number)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -101,4 +115,4 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
 @pytest.fixture
 def beside(request: pytest.FixtureRequest) -> list[Done]:
     """What came of this test's commands, in their order."""
-    return [started.result() for started in request.node.stash[STARTED]]
+    return [started.result(PATIENCE) for started in request.node.stash[STARTED]]

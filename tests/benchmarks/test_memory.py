@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -41,3 +42,13 @@ def test_memory_that_is_taken_and_let_go_is_seen(memory: Any) -> None:
     held = memory.megabytes()
     assert 0 < held["Anonymous"] <= held["Rss"]
     assert 0 < held["Pss"] <= held["Rss"]
+
+
+def test_what_does_not_fit_is_a_row_like_the_others(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = memory.Step(memory.config_of(quick=True), bf16=False, compiled=False)
+    step.at = torch.device("cuda")  # which it asks for memory that is not there
+    monkeypatch.setattr(memory.Step, "run", lambda self, batch: torch.empty(1 << 60) if batch > 1 else 0)
+    monkeypatch.setattr(torch, "OutOfMemoryError", RuntimeError)  # as a CPU calls it
+    assert step.taken(2) == {"peak_mb": "out of memory"}
+    assert not step.fits(2)
+    assert step.fits(1)
