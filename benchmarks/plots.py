@@ -32,7 +32,7 @@ PLOTS = {
     "step": Plot("A step, images a second", ("model",), ("step",), "images_per_sec"),
     "views": Plot("Both views of an image, pairs a second", ("size",), ("views",), "images_per_sec"),
     "lars": Plot("A step of LARS, times what a copy of its 28 bytes takes", ("set",), ("step",), "than_bound"),
-    "loader": Plot("Batches of 512, images a second", ("encoding", "threads"), ("loader",), "images_per_sec"),
+    "loader": Plot("Batches of 512, images a second", ("gives", "encoding", "threads"), ("loader",), "images_per_sec"),
 }
 
 
