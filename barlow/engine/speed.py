@@ -59,7 +59,7 @@ def compiled(
     say("step: to be compiled, at the first one")
     kept = Kept(folder / f"{machine(device)}-{dist.local_rank()}.tar", say)
     _order_fixed()
-    if "deterministic" not in options(graphs):
+    if device.type == "cuda" and "deterministic" not in options(graphs):  # as before torch 2.10
         say(f"warning: torch {torch.__version__} compiles by timing: a resumed run may end with other bits")
     if alone:
         return _Compiled(torch.compile(model, dynamic=False, options=options(graphs)), graphs, kept, say)
