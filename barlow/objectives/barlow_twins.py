@@ -62,7 +62,7 @@ def barlow_twins_loss(
     d = z_a.shape[1]
     total = z_a.shape[0] * dist.world_size()
     with torch.autocast(z_a.device.type, enabled=False):
-        if (cheaper(total, d) if form == "auto" else form) == "dxd":
+        if chosen(form, total, d) == "dxd":
             diagonal, off_diagonal = _dxd(z_a, z_b, total)
         else:
             diagonal, off_diagonal = _nxn(z_a, z_b, total, everyone_a)
@@ -81,10 +81,14 @@ def cheaper(total: int, d: int) -> Form:
     return "nxn" if (4 * total <= 3 * d if dist.world_size() == 1 else total <= d) else "dxd"
 
 
+def chosen(form: Form, total: int, d: int) -> Form:
+    return cheaper(total, d) if form == "auto" else form
+
+
 def gathering(z: Tensor, form: Form) -> dist.Gathering | None:
     """Begin to gather z [n, D], if the loss in this form will ask for everyone's."""
     total, d = z.shape[0] * dist.world_size(), z.shape[1]
-    if dist.world_size() == 1 or (cheaper(total, d) if form == "auto" else form) == "dxd":
+    if dist.world_size() == 1 or chosen(form, total, d) == "dxd":
         return None
     return dist.Gathering(z)
 

@@ -76,6 +76,7 @@ def main(run_folder: str) -> None:
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
     for line in (*told, *skipped, describe(config, plan, objective, device, start)):
         recorder.say(line)
+    recorder.say(f"{views.way(device, config.speed.views)}, LARS by {optimizer.backend}")
     room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     filling = filling_of(config, recorder, beats)
     training = 2 * sum(p.nbytes for p in objective.parameters())  # gradients and momenta
@@ -90,7 +91,6 @@ def main(run_folder: str) -> None:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     side = config.knn.size or config.views.size
-    recorder.say(f"{views.way(device, config.speed.views)}, LARS by {optimizer.backend}")
     pieces = (objective.backbone, objective.projector)
     forward = speed.compiled(model, config.speed, device, folder / "compiled", recorder.say, pieces, eager)
 
