@@ -1,30 +1,30 @@
-"""Every knob. Frozen, torch-free values: a recipe is one, the command line overrides it by name, nothing else does."""
+"""The sections that configs are made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from math import inf
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Literal
-
-from barlow.errors import UserError
 
 
 @dataclass(frozen=True)
-class Data:
+class Shards:
     dir: str = "data/shapes"
     """Folder of shards, as launchers/shards.py writes it."""
     source: str = ""
     """Where the shards come from if the folder has none yet: shapes, folder:DIR, cifar10:DIR, stl10:DIR, nyu:DIR."""
-    splits: tuple[str, ...] = ("unlabeled",)
-    """Splits to pretrain on."""
     workers: int = 0
     """Decoding threads a rank; 0: this rank's share of the cores it may use."""
-    cache: Literal["none", "ram", "gpu"] = "none"
-    """Where a rank keeps its splits decoded, as uint8, from the start on: in memory, or on its GPU."""
     stage: str = ""
     """A folder on each node's own disk to copy the shards to first, such as /local/scratch; empty: read them where they
     are."""
+
+
+@dataclass(frozen=True)
+class Data(Shards):
+    splits: tuple[str, ...] = ("unlabeled",)
+    """Splits whose images are learned from without their labels."""
+    cache: Literal["none", "ram", "gpu"] = "none"
+    """Where a rank keeps these splits decoded, as uint8, from the start on: in memory, or on its GPU."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,9 @@ class Speed:
     """CUDA graphs of what is compiled; auto: where one rank trains alone on a GPU."""
     views: Literal["auto", "fused", "reference"] = "auto"
     """Views by our CUDA kernel, or by torch's operations."""
+    norms: Literal["auto", "fused", "reference"] = "auto"
+    """Batch norms with their ReLU and addition by our CUDA kernels, or by torch's operations; auto: by torch's, for
+    nothing measured yet says that ours gain."""
 
 
 @dataclass(frozen=True)
@@ -162,71 +165,78 @@ class Knn:
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Pretrain a backbone without labels."""
+class Network:
+    """The backbone of a classifier; what is left open is as in the run that it starts from."""
 
-    run: str = ""
-    """Name of the run; a second command of the same name resumes it. Default: the recipe's name."""
-    runs_dir: str = "runs"
-    """Where run folders are made."""
-    epochs: int = 100
-    batch_size: int = 512
-    """Global: over all ranks."""
+    backbone: str = ""
+    stem: Literal["", "imagenet", "small", "dense", "cifar"] = ""
+    width: float = 0.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands on the backbone: linear layers, each but the last with batch norm, ReLU and dropout."""
+
+    widths: tuple[int, ...] = (8192, 8192, 8192)
+    """Of all layers but the last, which has as many outputs as there are classes."""
+    dropout: float = 0.1
+    norm_input: bool = False
+    """A batch norm of the features before the first layer."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Which labels are used."""
+
+    splits: tuple[str, ...] = ("train",)
+    """Splits whose labels may be."""
+    per_class: int = 0
+    """So many of them a class, drawn by `seed`; 0: all."""
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "float32"] = "auto"
-    """auto: bf16 on a GPU, float32 on a CPU."""
-    log_every: int = 10
-    """Steps between two printed lines; metrics.jsonl has every step."""
-    data: Data = field(default_factory=Data)
-    views: Views = field(default_factory=Views)
-    model: Model = field(default_factory=Model)
-    objective: BarlowTwins = field(default_factory=BarlowTwins)
-    optim: Lars = field(default_factory=Lars)
-    speed: Speed = field(default_factory=Speed)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    watch: Watch = field(default_factory=Watch)
-    preflight: Preflight = field(default_factory=Preflight)
-    knn: Knn = field(default_factory=Knn)
-
-    def __post_init__(self) -> None:
-        check(self)
-        check_views(self.views)
 
 
-def check(c: Pretrain) -> None:
-    """Refuse values that no run can have."""
-    counts = ("epochs", "log_every", "checkpoint.every_steps", "checkpoint.keep", "knn.k", "views.size")
-    rules = [(name, attrgetter(name)(c) >= 1, "1 or more") for name in counts]
-    rates = ("optim.lr", "optim.lr_biases", "optim.weight_decay", "optim.eta", "optim.warmup_epochs", "optim.end_lr")
-    not_negative = [*rates, "objective.lambd", "objective.scale", "data.workers", "knn.every_epochs", "knn.size"]
-    not_negative += ["checkpoint.every_minutes", "checkpoint.keep_every", "preflight.clock", "preflight.bandwidth"]
-    rules += [(name, 0 <= attrgetter(name)(c) < inf, "0 or more") for name in not_negative]
-    above_zero = ("model.width", "knn.temperature", "watch.seconds", "watch.start")
-    rules += [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in above_zero]
-    rules += [
-        ("batch_size", c.batch_size >= 2, "2 or more, for a batch is standardised over its images"),
-        ("optim.momentum", 0 <= c.optim.momentum < 1, "0 or more, and less than 1"),
-        ("model.projector", min(c.model.projector, default=0) >= 1, "the widths of its layers, as in 2048 2048 2048"),
-        ("data.splits", bool(c.data.splits), "at least one split, as in unlabeled train"),
-        ("run", "/" not in c.run and not c.run.startswith("."), "a plain name; --runs-dir says where its folder goes"),
-    ]
-    for name, ok, give in rules:
-        if not ok:
-            raise UserError(f"--{name.replace('_', '-')} is {attrgetter(name)(c)!r}: give {give}")
+@dataclass(frozen=True)
+class Weak:
+    """The weak view."""
+
+    kind: Literal["crop", "shift"] = "crop"
+    """crop: a random part, resized. shift: moved by up to an eighth of the side, mirrored at the border."""
+    scale: tuple[float, float] = (0.25, 1.0)
+    """Area of the crop, as a share of the image."""
+    flip: float = 0.5
+    """Probability."""
 
 
-def check_views(v: Views) -> None:
-    """Refuse what no view can be drawn with."""
-    rules = [
-        ("scale", 0 < v.scale[0] <= v.scale[1] <= 1, "two shares of the image, as in 0.08 1.0"),
-        ("ratio", 0 < v.ratio[0] <= v.ratio[1] < inf, "two widths over height, the lesser first, as in 0.75 1.33"),
-        ("sigma", 0 <= v.sigma[0] <= v.sigma[1] <= 2, "two numbers of pixels up to 2, the lesser first, as in 0.1 2.0"),
-        ("hue", 0 <= v.hue <= 0.5, "0 to 0.5, which is half the circle to either side"),
-    ]
-    rules += [(name, 0 <= getattr(v, name) < inf, "0 or more") for name in ("brightness", "contrast", "saturation")]
-    probabilities = [f"{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)]
-    rules += [(name, 0 <= attrgetter(name)(v) <= 1, "a probability, 0 to 1") for name in probabilities]
-    for name, ok, give in rules:
-        if not ok:
-            raise UserError(f"--views.{name} is {attrgetter(name)(v)}: give {give}")
+@dataclass(frozen=True)
+class Strong:
+    """The strong view: the weak one, two operations of its own for each image, then CutOut."""
+
+    kind: Literal["randaugment", "ctaugment", "both"] = "both"
+    """both: one of the two for each image, by a fair coin."""
+    cutout: float = 0.5
+    """Side of the square cut out, as a share of the view's; 0: none."""
+    decay: float = 0.99
+    """Of CTAugment's weights."""
+    threshold: float = 0.8
+    """The least weight of a bin that CTAugment draws from."""
+
+
+@dataclass(frozen=True)
+class Adam:
+    lr: float = 1e-2
+    """Of the head."""
+    lr_backbone: float = 1e-5
+    weight_decay: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: half a cosine down to 0 over the run."""
+
+
+@dataclass(frozen=True)
+class Sgd:
+    lr: float = 0.03
+    """Of the head; it falls as cos(7 pi k / 16 K) over the run's K steps."""
+    lr_backbone: float = 0.03
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    """Of tensors of two dimensions and more."""
