@@ -31,7 +31,7 @@ from barlow import config
 from barlow.config import Speed
 from barlow.data.cache import cached
 from barlow.data.feed import feed
-from barlow.data.loader import AHEAD, Loader
+from barlow.data.loader import AHEAD, Batch, Loader
 from barlow.data.views import pair
 from barlow.engine import speed
 from barlow.engine.pace import Pace
@@ -168,8 +168,8 @@ def fed(setting: Setting, data: Data, cores: int, cache: str) -> Iterator[Views]
     loader = Loader(index, [SPLIT], workers=cores, pin=device().type == "cuda")
     source = cached(loader, cache, device(), 1 << 40, lambda done, count: None)
 
-    def make(images: Tensor, ids: Tensor, at: int) -> list[Tensor]:
-        return pair(images, ids, look, 0, at, index.mean, index.std, dtype())
+    def make(batch: Batch, at: int) -> list[Tensor]:
+        return pair(batch.images, batch.ids, look, 0, at, index.mean, index.std, dtype())
 
     return feed(source.batches(positions(index.split(SPLIT).count, setting.batch)), make, device(), 0)
 

@@ -34,7 +34,7 @@ from PIL import Image, ImageFilter, ImageOps
 from barlow import config
 from barlow.data.cache import cached
 from barlow.data.feed import feed
-from barlow.data.loader import Loader
+from barlow.data.loader import Batch, Loader
 from barlow.data.shapes import render
 from barlow.data.shards import Index, read_index
 from barlow.data.views import pair
@@ -179,8 +179,8 @@ def ours_fed(data: Data, threads: int, n: int) -> Run:
     index, views = data.index, config.Views(size=SIZE)
     loader = Loader(index, [SPLIT], workers=threads, pin=device().type == "cuda")
 
-    def make(images: torch.Tensor, ids: torch.Tensor, at: int) -> list[torch.Tensor]:
-        return pair(images, ids, views, 0, at, index.mean, index.std)
+    def make(batch: Batch, at: int) -> list[torch.Tensor]:
+        return pair(batch.images, batch.ids, views, 0, at, index.mean, index.std)
 
     def run() -> None:
         torch.set_num_threads(1)  # each epoch of FFCV's sets it to its own

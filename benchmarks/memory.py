@@ -34,6 +34,7 @@ from barlow.engine import speed
 from barlow.engine.checkpoint import Checkpoints
 from barlow.recipes import PRETRAIN
 from barlow.stages import pretrain as stage
+from barlow.stages.training import with_state
 from measure import ROOT, Row, asked, device, report, significant
 from phases import megabytes
 from reference_recipe import as_trained
@@ -187,7 +188,7 @@ def config_of(quick: bool, **objective: Any) -> Pretrain:
 def of_a_save(folder: Path, quick: bool) -> Iterator[Row]:
     objective = stage.build(config_of(quick), torch.device("cpu"))
     optimizer = stage.Lars(stage.weights_and_biases(objective))
-    state = {"model": objective.state_dict(), "optimizer": stage.after_a_step(optimizer)}
+    state = {"model": objective.state_dict(), "optimizer": with_state(optimizer, ["momentum"])}
     (folder / "checkpoints").mkdir()
     checkpoints = Checkpoints(folder / "checkpoints", 1)
     own = round(2 * sum(p.nbytes for p in objective.parameters()) / MB, 1)

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ENDS = {  # what the stage calls -> the phase that is over when it returns
     "build": "build",
-    "prepare": "preflight",
+    "ready": "preflight",
     "Loader": "data",
     "distribute": "restore",
     "restore": "restore",

@@ -33,7 +33,8 @@ from barlow import config, dist
 from barlow.models import backbone
 from barlow.models.norm import synchronise
 from barlow.objectives.barlow_twins import BarlowTwins, Form, barlow_twins_loss
-from barlow.stages.pretrain import build, distribute
+from barlow.stages.pretrain import build
+from barlow.stages.training import distribute
 from measure import ROOT, Row, asked, in_turns, ratio, report, significant, spread
 from nodes import NETWORKS, Work, step
 from slurm import devcluster

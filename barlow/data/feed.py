@@ -16,9 +16,9 @@ from torch import Tensor
 
 from barlow.data.loader import Batch
 
-Make = Callable[[Tensor, Tensor, int], list[Tensor]]
-"""Images uint8 [n, H, W, 3], their ids [n], which step of the run -> what the step is given. On a GPU it must not wait
-for it, and what it returns must be its own: no tensor that it keeps."""
+Make = Callable[[Batch, int], list[Tensor]]
+"""A batch on the device, which step of the run -> what the step is given. On a GPU it must not wait for it, and what it
+returns must not be kept here."""
 
 
 class Made(NamedTuple):
@@ -42,7 +42,7 @@ def in_line(
     batches: Generator[Batch, None, None], make: Make, device: torch.device, start: int
 ) -> Generator[list[Tensor], None, None]:
     for at, batch in enumerate(batches, start):
-        yield make(batch.images.to(device), batch.ids.to(device), at)
+        yield make(Batch(*(each.to(device) for each in batch)), at)
 
 
 def beside(
@@ -71,8 +71,8 @@ def beside(
     def launch(at: int) -> None:
         with torch.cuda.stream(side):
             batch = next(batches)
-            images, ids = (each.to(device, non_blocking=True) for each in (batch.images, batch.ids))
-            pending.append(Made(make(images, ids, at), side.record_event()))
+            there = Batch(*(each.to(device, non_blocking=True) for each in batch))
+            pending.append(Made(make(there, at), side.record_event()))
 
     def hand_over(made: Made) -> list[Tensor]:
         stream = torch.cuda.current_stream(device)

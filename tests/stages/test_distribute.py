@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from barlow import config, dist
 from barlow.objectives.barlow_twins import BarlowTwins
-from barlow.stages.pretrain import distribute
+from barlow.stages.training import distribute
 
 Ranks = Callable[..., list[Any]]
 CPU = torch.device("cpu")

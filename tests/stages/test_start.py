@@ -19,7 +19,7 @@ from barlow.engine.checkpoint import Checkpoints
 from barlow.errors import BadNode, Preempted, UserError
 from barlow.files import read_json, read_status
 from barlow.recipes import PRETRAIN
-from barlow.stages import pretrain
+from barlow.stages import pretrain, training
 
 
 @pytest.mark.parametrize("gpus", [0, 1])
@@ -29,15 +29,15 @@ def test_a_node_without_the_gpus_it_was_chosen_for_is_a_bad_one(monkeypatch: pyt
     for name, value in (("WORLD_SIZE", "4"), ("LOCAL_RANK", "1"), ("SLURMD_NODENAME", "n7")):
         monkeypatch.setenv(name, value)
     with pytest.raises(BadNode, match=r"^node n7: .*GPU"):
-        pretrain.choose_device("cuda")
+        training.choose_device("cuda")
     if gpus:
         with pytest.raises(UserError, match="more ranks on a machine than its 1 GPUs: give --gpus-per-node"):
-            pretrain.choose_device("auto")
+            training.choose_device("auto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="torch sees no GPU here"):
-        pretrain.choose_device("cuda")
-    assert pretrain.choose_device("auto") == torch.device("cpu")
+        training.choose_device("cuda")
+    assert training.choose_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("fault", ["unreadable", "no memory"])
@@ -61,7 +61,7 @@ def test_the_runs_own_checkpoint_that_one_rank_cannot_load_is_no_users_error(
 def test_a_first_save_finds_memory_for_the_momentum_too(tmp_path: Path) -> None:
     objective = pretrain.build(PRETRAIN["shapes"], torch.device("cpu"))
     optimizer = pretrain.Lars(pretrain.weights_and_biases(objective), lr=0.1)
-    before = kinds(pretrain.after_a_step(optimizer)["state"])
+    before = kinds(training.with_state(optimizer, ["momentum"])["state"])
     for p in objective.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -96,7 +96,7 @@ def tiny(tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def full_for(times: int, refused: list[str], monkeypatch: pytest.MonkeyPatch, state: str) -> None:
     """The disk refuses so many writes of status.json with that state."""
-    whole = pretrain.write_status
+    whole = training.write_status
 
     def write_status(*words: Any, **changes: Any) -> bool:
         if changes.get("state") == state and len(refused) < times:
@@ -104,7 +104,7 @@ def full_for(times: int, refused: list[str], monkeypatch: pytest.MonkeyPatch, st
             raise OSError(28, "No space left on device")
         return whole(*words, **changes)
 
-    monkeypatch.setattr(pretrain, "write_status", write_status)
+    monkeypatch.setattr(training, "write_status", write_status)
 
 
 def test_a_disk_that_is_full_at_the_very_end_is_waited_for(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
