@@ -24,6 +24,14 @@ class Use(IntEnum):
     ORDER = 1
     VIEWS = 2
     LAYERS = 3
+    STRONG = 4
+    WEAK = 5
+    RANDAUGMENT = 6
+    CTAUGMENT = 7
+    PROBE = 8
+    CUTOUT = 9
+    LABELS = 10
+    KMEANS = 11
 
 
 def philox(key: tuple[int, int], counter: Tensor) -> Tensor:
