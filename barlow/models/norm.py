@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,17 +12,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from barlow import dist
 
+Norm = TypeVar("Norm", bound=_BatchNorm)
+
 
 def synchronise(model: nn.Module, compiled: bool = False) -> nn.Module:
     """`model` with every batch norm reading the global batch; parameters, buffers and their names stay what they were.
 
     Alone, the model itself, untouched. On a GPU torch's SyncBatchNorm, which refuses CPU tensors; so move the model to
     its device first. Elsewhere, and where the model will be compiled, `GlobalBatchNorm`: with its collectives, but not
-    with SyncBatchNorm's, a network is compiled in one piece.
+    with SyncBatchNorm's, a network is compiled in one piece. Where some norms are fused, these stay,
+    and the others become such.
     """
     if dist.world_size() == 1:
         return model
-    if not compiled and any(parameter.is_cuda for parameter in model.parameters()):
+    fused = any(isinstance(module, GlobalBatchNorm) for module in model.modules())  # torch's would take their place
+    if not compiled and not fused and any(parameter.is_cuda for parameter in model.parameters()):
         if any(_has_activation(module) for module in model.modules()):
             from timm.layers import convert_sync_batchnorm  # imported already, if its layers are
 
@@ -152,16 +156,24 @@ def _has_activation(module: nn.Module) -> bool:
 
 
 def _converted(module: nn.Module) -> nn.Module:
-    """`module` with its batch norms replaced, at any depth."""
+    """`module` with its batch norms replaced, at any depth, but for those that read the global batch already."""
+    if isinstance(module, GlobalBatchNorm):
+        return module
     if not isinstance(module, _BatchNorm):
         for name, child in module.named_children():
             setattr(module, name, _converted(child))
         return module
-    kind = GlobalBatchNormAct if _has_activation(module) else GlobalBatchNorm
-    twin = kind(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-    if isinstance(twin, GlobalBatchNormAct):
-        twin.drop, twin.act = module.get_submodule("drop"), module.get_submodule("act")
-    twin.weight, twin.bias = module.weight, module.bias
-    for name, buffer in module.named_buffers(recurse=False):
-        setattr(twin, name, buffer)
-    return twin.train(module.training)
+    if not _has_activation(module):
+        return twin(module, GlobalBatchNorm)
+    with_activation = twin(module, GlobalBatchNormAct)
+    with_activation.drop, with_activation.act = module.get_submodule("drop"), module.get_submodule("act")
+    return with_activation
+
+
+def twin(norm: _BatchNorm, kind: type[Norm]) -> Norm:
+    """A batch norm of this kind with the same parameters, buffers and options."""
+    made = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    made.weight, made.bias = norm.weight, norm.bias
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(made, name, buffer)
+    return made.train(norm.training)

@@ -6,10 +6,14 @@ in which a rank starts, on every rank, after every preemption. What is not in `N
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from barlow.models.fused_norm import FusedNorm, fused
 
 Stem = Literal["imagenet", "small", "dense", "cifar"]
 CHANNELS = (64, 128, 256, 512)  # of the four stages
@@ -97,9 +101,7 @@ class Basic(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return self.act2(y)
+        return joined(self.bn2, self.act2, self.conv2(y), x if self.downsample is None else self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -128,9 +130,35 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(self.conv1(x)))
         y = self.act2(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return self.act3(y)
+        return joined(self.bn3, self.act3, self.conv3(y), x if self.downsample is None else self.downsample(x))
+
+
+def joined(norm: nn.Module, act: nn.Module, y: Tensor, shortcut: Tensor) -> Tensor:
+    """The end of a block."""
+    if isinstance(norm, FusedNorm):
+        y = norm(y, shortcut)
+    else:
+        y = norm(y)
+        y += shortcut
+    y = act(y)
+    return y
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """`model` with the batch norms of its ResNets made one with the ReLU and the sum that follow them.
+
+    Parameters, buffers and their names stay what they were, and so does each result, within rounding. A network of timm
+    stays as it is: its blocks put other things between a norm and its activation.
+    """
+    inside = [part for module in model.modules() if isinstance(module, ResNet) for part in module.modules()]
+    for part in inside:
+        children = [*part.named_children(), ("", None)]  # in the order in which they are called
+        for (name, norm), (after, act) in itertools.pairwise(children):
+            if isinstance(norm, _BatchNorm):
+                setattr(part, name, fused(norm, relu=isinstance(act, nn.ReLU)))
+                if isinstance(act, nn.ReLU):
+                    setattr(part, after, nn.Identity())
+    return model
 
 
 def times(channels: int, width: float) -> int:
