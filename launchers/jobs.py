@@ -7,7 +7,8 @@
   cancel RUN ... [--yes]                   end it for good, also while it waits
   resume RUN [--nodes N]                   start it again from its folder, on the cluster and with the code it had
 
-Patterns do for `list`, `table` and `cancel`: 'sweep-*'."""
+A chain's name stands for its links: `show` and `list` tell of them in order, `cancel` ends all, `resume` goes on from
+the broken one. Patterns do for `list`, `table` and `cancel`: 'sweep-*'."""
 
 import argparse
 import difflib
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from barlow.errors import UserError, one_line_errors
-from slurm import facts, logs, results, runs, table
+from slurm import chain, facts, logs, results, runs, table
 from slurm.cancel import cancel
 from slurm.resume import resume
 
@@ -66,10 +67,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     given = parse(argv)
     words = given.run if isinstance(given.run, list) else [given.run]
+    linked = given.runs_dir / runs.named(given.runs_dir, words[0]) if len(words) == 1 else given.runs_dir
     find = results.find if given.command == "table" else runs.find
     found, silence = runs.look(find(given.runs_dir, words))
     if silence:
         print(f"note: {silence}: a state with ? is the last one known", file=sys.stderr)
+    if given.command in ("show", "cancel", "resume") and runs.links(linked):
+        return of_chain(linked, found, given)
     if given.command == "cancel":
         return cancel(found, given.yes)
     if given.command == "list":
@@ -89,6 +93,23 @@ def main(argv: list[str]) -> int:
     if given.command == "logs":
         return logs.show(found[0], given.rank, given.lines, given.follow)
     return resume(found[0], given.nodes)
+
+
+def of_chain(folder: Path, links: list[runs.Run], given: argparse.Namespace) -> int:
+    """All of its links at once."""
+    if given.command == "cancel":
+        return chain.cancel_all(chain.read(folder), given.yes)
+    if given.command == "resume":
+        if given.nodes is not None:
+            raise UserError(f"--nodes is for one run: resume a link of it, such as {links[0].name}")
+        return chain.resume(chain.read(folder))
+    rows = [facts.row(link) for link in links]
+    if given.json:
+        print(json.dumps({"chain": str(folder.absolute()), "links": rows}, indent=1))
+        return 0
+    ended = sum(row["state"] == "finished" for row in rows)
+    print(f"chain {folder.name}: {ended} of {len(rows)} links have finished\n{table.listing(rows)}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def row(run: Run) -> dict[str, Any]:
             batch = rows[-1]["images"] / rows[-1]["step"]
             told["seconds_left"] = round((steps - step) * batch / pace, 1)
     told |= {"job": run.job or None, "nodes": nodes(run), "waits_for": waits_for(run), "why": why(run)}
-    return told | {"updated": run.status.get("updated")}
+    return told | {"needs": run.status.get("needs", []), "updated": run.status.get("updated")}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

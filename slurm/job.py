@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,15 @@ from typing import NoReturn
 
 from barlow import stop
 from barlow.errors import BadNode, Preempted, UserError
-from barlow.files import read_json
+from barlow.files import read_json, read_status
 from slurm import watchdog
-from slurm.states import record_failure, tell_others
+from slurm.states import in_vain, record_failure, tell_others
 
 FIRST_PORT, PORTS = 20000, 12000  # below the range from which the kernel hands out ports
 STRIDE = 7417  # of ports between two jobs: neighbours, such as an array's, stay apart over many restarts
 HURRY = 5.0  # seconds for a rank that leaves to say so
 PR_SET_PDEATHSIG = 1
+PATIENCE = 60.0  # seconds in which a node learns what another one has written: as long as NFS remembers a folder
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def run(module: str, run_folder: str, working_folder: str) -> None:
     stop.listen(lambda why: leave(folder, why))
     os.chdir(working_folder)
     try:
+        await_needs(folder)
         importlib.import_module(module).main(run_folder)
     except Preempted:  # all ranks leave after the same step; a bad exit of another one would end rank 0, which saves
         exit_now(stop.STOPPED if launched_here() or os.environ["RANK"] == "0" else 0)
@@ -70,6 +73,18 @@ def run(module: str, run_folder: str, working_folder: str) -> None:
         if stop.told():  # and so were its peers: that one of them is gone is no failure
             leave(folder, f"{stop.told()}; then {type(error).__name__}")
         fail(folder, f"{type(error).__name__}: {error}", trace(error), 1)
+
+
+def await_needs(folder: Path) -> None:
+    """A link of a chain begins when the runs that it needs have finished, by their own word.
+
+    SLURM's is not enough: it starts a job whose dependency it has forgotten, however that one ended."""
+    for need in read_status(folder).get("needs", ()):
+        end = time.monotonic() + PATIENCE
+        while (status := read_status(folder.parent / need)).get("state") != "finished":
+            if time.monotonic() > end:
+                raise UserError(in_vain(need, status.get("state", "gone"), status.get("why", "")))
+            time.sleep(0.5)
 
 
 def leave(folder: Path, why: str) -> NoReturn:

@@ -9,7 +9,7 @@ from barlow.errors import UserError
 from barlow.files import read_json
 from slurm import submit
 from slurm.cluster import Cluster
-from slurm.runs import Run
+from slurm.runs import Run, look
 
 
 def resume(run: Run, nodes: int | None) -> int:
@@ -27,6 +27,9 @@ def resume(run: Run, nodes: int | None) -> int:
         cluster = replace(cluster, nodes=nodes)
     if run.job and cluster.cluster == "auto":
         cluster = replace(cluster, cluster="slurm")  # where SLURM is silent: not here instead
+    for need in look(run.folder.parent / name for name in run.status.get("needs", ()))[0]:
+        if need.state != "finished":
+            raise UserError(f"run {run.name} needs {need.name}, which is {need}: resume that, or the chain of both")
     ranks = submit.check(cluster, run.folder)
     batch = read_json(run.folder / "config.json").get("batch_size", 0)
     if batch % ranks:  # as barlow.data.order.share says it; but a run's batch is what it is

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from barlow.errors import UserError
-from barlow.files import read_status, write_status
+from barlow.files import read_json, read_status, write_status
 from slurm.squeue import jobs_in_history, jobs_in_queue
-from slurm.states import WAITING, State
+from slurm.states import WAITING, State, in_vain
 
 OPEN = ("pending", "running", "preempted")  # states that something has yet to end
 BEATS = 60.0  # seconds for which a heartbeat proves that a rank lives
@@ -52,22 +52,37 @@ class Run:
 
 
 def find(runs_dir: Path, words: Sequence[str] = ()) -> list[Path]:
-    """Folders of the runs that the words name (patterns such as sweep-* too; no words: all), newest first."""
+    """Folders of the runs that the words name (patterns such as sweep-* too; no words: all), newest first.
+
+    A chain's name stands for its links; they come first, in their order."""
     if not runs_dir.is_dir():
         raise UserError(f"no folder {runs_dir}: --runs-dir says where your runs are")
     marks = ("config.json", "status.json")
     folders = [path for path in runs_dir.absolute().iterdir() if any((path / mark).exists() for mark in marks)]
     known = {path.name: path for path in sorted(folders, key=begun, reverse=True)}
-    chosen = set() if words else set(known)
+    chosen, linked = set() if words else set(known), list[str]()
     for word in words:
-        name = Path(word).name if Path(word).parent.resolve() == runs_dir.resolve() else word  # as a shell completes it
+        name = named(runs_dir, word)
+        if chain := links(runs_dir / name):
+            linked += [link for link in chain if link in known and link not in linked]
+            continue
         hits = [name] if name in known else fnmatch.filter(known, name)
         if not hits:
             close = difflib.get_close_matches(name, known, n=1)
             has = f"did you mean {close[0]}?" if close else f"it has {', '.join(list(known)[:5]) or 'none'}"
             raise UserError(f"no run {word!r} in {runs_dir}: {has}{', ...' * (not close and len(known) > 5)}")
         chosen.update(hits)
-    return [path for name, path in known.items() if name in chosen]
+    return [known[name] for name in (*linked, *(name for name in known if name in chosen - set(linked)))]
+
+
+def named(runs_dir: Path, word: str) -> str:
+    """The name alone, also where a shell has completed it to RUNS_DIR/NAME."""
+    return Path(word).name if Path(word).parent.resolve() == runs_dir.resolve() else word
+
+
+def links(folder: Path) -> list[str]:
+    """Names of the runs of a chain, in order; none if the folder is not a chain's."""
+    return [link["run"] for link in read_json(folder / "chain.json").get("links", ())]
 
 
 def begun(folder: Path) -> float:
@@ -90,7 +105,7 @@ def look(folders: Iterable[Path]) -> tuple[list[Run], str]:
         job = job_of(status)
         state = of_run(queue.get(job), job, folder) or of_run(books.get(job), job, folder)
         silent = folder in asked and (bool(silence) or job != asked[folder])
-        runs.append(stands(folder, status, here[folder], None if silent else state or State()))
+        runs.append(held_up(stands(folder, status, here[folder], None if silent else state or State())))
         put_right(runs[-1])
     return runs, silence
 
@@ -168,6 +183,16 @@ def ended(run: Run, end: State) -> tuple[str, str]:
     if run.state == "preempted":
         return "failed", f"job {run.job} did not come back to the queue{last}"
     return "failed", f"job {run.job} has left the queue without a word{last}"
+
+
+def held_up(run: Run) -> Run:
+    """The same, or cancelled for a run that it needs: SLURM has taken it from the queue, or nobody has started it."""
+    if run.alive or run.status.get("state", "pending") != "pending" or run.state not in ("pending", "cancelled"):
+        return run
+    for need in look(run.folder.parent / name for name in run.status.get("needs", ()))[0]:
+        if not need.alive and need.state in ("failed", "cancelled", "preempted"):
+            return replace(run, state="cancelled", detail="", why=in_vain(need.name, need.state, need.why))
+    return run
 
 
 def put_right(run: Run) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from barlow.files import read_json, write_json, write_status
 
 BY_WATCHDOG = ("stuck", "hung")  # kinds of failure that a watchdog records before it kills the rank
+VAIN = "waits for "
 UNREACHABLE = "UNREACHABLE"  # ours, for a slurmctld that does not answer just now
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", UNREACHABLE}
 ACTIVE = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "RESIZING", "SIGNALING", "STAGE_OUT", "PREEMPTED"}
@@ -51,6 +52,14 @@ def job_state(job: str) -> State:
     if "Invalid job id" in done.stderr or done.returncode == 0:
         return State()
     return State(UNREACHABLE, done.stderr.strip().replace("\n", "; "))
+
+
+def in_vain(need: str, state: str, why: str) -> str:
+    """Why a run cannot start: one that it needs is in this state. The cause is told, not what followed from it."""
+    if why.startswith(VAIN):
+        return why
+    became = {"failed": "failed", "cancelled": "was cancelled"}.get(state, f"is {state}")
+    return f"{VAIN}{need}, which {became}" + (f": {why}" if why else "")
 
 
 def record_failure(

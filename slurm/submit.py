@@ -55,12 +55,16 @@ def launch(module: str, folder: Path, cluster: Cluster) -> int:
     log = folder / "logs" / "rank_0.log"
     seen = log.stat().st_size if log.exists() else 0
     job = submit(module, folder, cluster)
-    asked = f"{cluster.nodes} {'node' if cluster.nodes == 1 else 'nodes'} of {cluster.partition}"
-    print(f"submitted job {job}: run {folder.name}, {asked}, {local.ranks_in_words(cluster.ranks)}")
+    print(f"submitted job {job}: run {folder.name}, {size(cluster)}")
     for what in ("logs -f", "show", "cancel"):
         verb, _, flag = what.partition(" ")
         print(f"  python launchers/jobs.py {verb} {folder.name} {flag}".rstrip() + where(folder), flush=True)
     return follow(folder, job, seen) if cluster.follow else 0
+
+
+def size(cluster: Cluster) -> str:
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
+    return f"{nodes} of {cluster.partition}, {local.ranks_in_words(cluster.ranks)}"
 
 
 def where(folder: Path) -> str:
@@ -182,8 +186,10 @@ class Executor(submitit.SlurmExecutor):
         return job
 
 
-def executor(folder: Path, cluster: Cluster) -> Executor:
-    """All that is asked of SLURM. `folder` may be LINKS/%a: a link to a run for each element of an array."""
+def executor(folder: Path, cluster: Cluster, after: Sequence[str] = ()) -> Executor:
+    """All that is asked of SLURM. `folder` may be LINKS/%a: a link to a run for each element of an array.
+
+    `after`: jobs that must have ended well before this one starts; if one does not, SLURM cancels it."""
     array = folder.name == "%a"
     made = Executor(folder.parent / "submitit" if array else folder / "logs" / "submitit")
     made.array, made.runs = array, [] if array else [folder]
@@ -193,6 +199,7 @@ def executor(folder: Path, cluster: Cluster) -> Executor:
     for option in cluster.sbatch:
         key, equals, value = option.lstrip("-").partition("=")
         options[key] = value if equals else True
+    options |= {"dependency": f"afterok:{':'.join(after)}", "kill-on-invalid-dep": "yes"} if after else {}
     srun = ["--kill-on-bad-exit=1", "--wait=0", "--distribution=block", "--open-mode=append"]
     srun += [f"--output={folder / 'logs' / 'rank_%t.log'}"]
     if cluster.cpus_per_rank:
@@ -247,18 +254,19 @@ def ask_scontrol(what: str) -> list[str]:
     return (ask("scontrol", "--oneliner", "show", what) or "").splitlines() if there() else []
 
 
-def script(folder: Path, cluster: Cluster) -> str:
+def script(folder: Path, cluster: Cluster, after: Sequence[str] = ()) -> str:
     """The sbatch script, as submitit will write it."""
-    made = executor(folder, cluster)
+    made = executor(folder, cluster, after)
     text: str = made._make_submission_file_text(made._submitit_command_str, "")
     return text
 
 
-def plan(module: str, folder: Path, cluster: Cluster) -> str:
+def plan(module: str, folder: Path, cluster: Cluster, after: Sequence[str] = ()) -> str:
     """What a dry run prints: the sbatch script and, as comments below it, what each rank runs."""
     if cluster.cluster == "slurm":
         what = f"{module}.main({str(folder)!r}) with the code of {folder / 'code'}"
-        return f"{script(folder, cluster)}\n# each of the {cluster.ranks} ranks calls, through submitit:\n# {what}"
+        called = f"# each of the {cluster.ranks} ranks calls, through submitit:\n# {what}"
+        return f"{script(folder, cluster, after)}\n{called}"
     lines = [f"# {local.ranks_in_words(cluster.ranks)} here, each in {folder / 'code'}:"]
     for environment in local.environments(folder, cluster.ranks, "dry-run"):
         shown = [f"{key}={environment[key]}" for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
@@ -266,11 +274,11 @@ def plan(module: str, folder: Path, cluster: Cluster) -> str:
     return "\n".join(lines)
 
 
-def submit(module: str, folder: Path, cluster: Cluster) -> str:
+def submit(module: str, folder: Path, cluster: Cluster, after: Sequence[str] = ()) -> str:
     """Hand the job to SLURM; returns its id."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     with refusals(cluster):
-        return str(executor(folder, cluster).submit(Job(module, str(folder), os.getcwd())).job_id)
+        return str(executor(folder, cluster, after).submit(Job(module, str(folder), os.getcwd())).job_id)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     pace = f"{row['images_per_sec']:,.0f}" if row["images_per_sec"] and row["state"] == "running" else ""
     return {
         "run": cut(row["run"], NAME),
+        "needs": " ".join(need.removeprefix(f"{row['run'].split(',')[0]},") for need in row["needs"]),
         "state": state(row),
         "step": f"{row['step']}/{row['steps']}" if row["steps"] else str(row["step"] or ""),
         "starts": str(row["attempts"] or ""),
@@ -71,6 +72,7 @@ def page(told: Mapping[str, Any]) -> str:
         "step": ", ".join(filter(None, [row["step"], *pace])),
         "job" if told["job"] else "nodes": ", ".join(filter(None, slurm)),
         "starts": row["starts"],
+        "needs": ", ".join(told["needs"]),
         "checkpoint": f"{saved['file']}, saved {ago(saved['saved'])}" if saved else "none yet",
         "failure": told["failure"],
         "config": ", ".join(f"{name} {short(value)}" for name, value in told["config"].items()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 
 from barlow import history
 from barlow.files import read_status, write_status
+from slurm.chain import Chain, Link, keep
+from slurm.cluster import Cluster
 from slurm.states import job_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +187,47 @@ def test_a_run_here(tmp_path: Path, make_run: MakeRun, start: Start) -> None:
     code, out, _ = jobs(tmp_path, "cancel", "told", "killed", "--yes")
     assert code == 0
     assert sorted(out.splitlines()) == ["run killed is not under way: failed", "run told is not under way: cancelled"]
+
+
+def test_a_chain_here(tmp_path: Path, make_run: MakeRun) -> None:
+    """It is resumed in the foreground, told of, cancelled by another command, and resumed again to its end."""
+    names = ("one", "two", "three")
+    folders = {name: make_run(f"paper,{name}", batch_size=4) for name in names}
+    links = [Link(name, "fake_link", folders[name], Cluster(), names[:i][-1:]) for i, name in enumerate(names)]
+    (folders["two"] / "held").touch()
+    for link in links:
+        shutil.copy(ROOT / "tests" / "slurm" / "fake_link.py", link.folder / "code")
+    (tmp_path / "runs" / "paper").mkdir()
+    keep(Chain(tmp_path / "runs" / "paper", links), Cluster(cluster="local"))
+    code, out, err = jobs(tmp_path, "resume", "paper", "--nodes", "2")
+    assert (code, out) == (2, "")
+    assert err == "error: --nodes is for one run: resume a link of it, such as paper,one\n"
+    process = begin(tmp_path, "resume", "paper")
+    wait_for((folders["two"] / "ready").exists)
+    code, out, err = jobs(tmp_path, "show", "paper")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "chain paper: 1 of 3 links have finished"
+    assert re.match("run +needs +state ", lines[1])
+    assert [line.split()[0] for line in lines[2:]] == ["paper,one", "paper,two", "paper,three"]
+    assert re.match(r"paper,three +two +pending \(not started\)", lines[4])
+    told = json.loads(jobs(tmp_path, "show", "paper", "--json")[1])
+    assert [link["state"] for link in told["links"]] == ["finished", "running", "pending"]
+    assert list(listed(tmp_path, "paper")) == ["paper,one", "paper,two", "paper,three"]
+    code, _, err = jobs(tmp_path, "logs", "paper")
+    assert (code, err) == (2, "error: logs takes one run, and 'paper' means 3: give a whole name\n")
+
+    code, out, err = jobs(tmp_path, "cancel", "paper", "--yes")
+    assert (code, err) == (0, "")
+    assert "run paper,two was running" in out
+    assert process.wait(5) == 143
+    code, out, err = jobs(tmp_path, "show", "paper")
+    assert "waits for paper,two, which was cancelled: cancelled with jobs.py" in out
+    (folders["two"] / "held").unlink()
+    code, out, err = jobs(tmp_path, "resume", "paper")
+    assert (code, err) == (0, "")
+    assert out.startswith("link one (1 of 3): run paper,one has finished\nlink two (2 of 3): run paper,two\n")
+    assert jobs(tmp_path, "show", "paper")[1].startswith("chain paper: 3 of 3 links have finished\n")
 
 
 def test_logs(tmp_path: Path, make_run: MakeRun) -> None:
