@@ -33,7 +33,7 @@ def parse(
     argv: Sequence[str], recipes: Mapping[str, Config], cluster: type[Cluster], prog: str, about: str = ""
 ) -> tuple[str, Config, Cluster, Sweep]:
     """The recipe named first in argv (default: the first one), with the flags that follow laid over it."""
-    words = list(argv)
+    words = [re.sub(r"^--from(?=$|=)", "--from-run", word) for word in argv]
     name = next(iter(recipes))
     if words and not words[0].startswith("-"):
         name = words.pop(0)

@@ -100,7 +100,7 @@ def finish(torch: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "launchers")]
     from slurm import local
 
     command = local.command

@@ -44,6 +44,9 @@ def of_run(c: Any) -> list[Rule]:
     """What every run must keep to."""
     rules = not_negative(c, ("data.workers", "preflight.clock", "preflight.bandwidth"))
     rules += above_0(c, ("watch.seconds", "watch.start"))
+    three = [("data.mean", c.data.mean), ("data.std", c.data.std)]
+    rules += [(name, len(given) in (0, 3), "three numbers, as in 0.485 0.456 0.406") for name, given in three]
+    rules += [("data.std", min(c.data.std, default=1) > 0, "numbers above 0")]
     plain = "/" not in c.run and not c.run.startswith(".")
     return [*rules, ("run", plain, "a plain name; --runs-dir says where its folder goes")]
 

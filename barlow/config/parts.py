@@ -8,8 +8,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Shards:
-    dir: str = "data/shapes"
-    """Folder of shards, as launchers/shards.py writes it."""
+    dir: str = ""
+    """Folder of shards, as launchers/shards.py writes it. Empty: that of the run to start from."""
     source: str = ""
     """Where the shards come from if the folder has none yet: shapes, folder:DIR, cifar10:DIR, stl10:DIR, nyu:DIR."""
     workers: int = 0
@@ -17,6 +17,10 @@ class Shards:
     stage: str = ""
     """A folder on each node's own disk to copy the shards to first, such as /local/scratch; empty: read them where they
     are."""
+    mean: tuple[float, ...] = ()
+    """What is taken from red, green and blue, in 0..1; empty: as the run to start from, or the mean of the data."""
+    std: tuple[float, ...] = ()
+    """What they are divided by; the same."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from barlow.config.runs import Training
 class Pretrain(Training):
     """Pretrain a backbone without labels."""
 
-    data: Data = field(default_factory=Data)
+    data: Data = field(default_factory=lambda: Data(dir="data/shapes"))
     views: Views = field(default_factory=Views)
     model: Model = field(default_factory=Model)
     objective: BarlowTwins = field(default_factory=BarlowTwins)

@@ -101,6 +101,22 @@ class Loader:
                 for part in unwanted.parts:
                     part.cancel()
 
+    def positions_of(self, ids: np.ndarray) -> np.ndarray:
+        """Where the samples `ids` [n] stand, int64 [n]; they must be of these splits."""
+        order = np.argsort(self.samples.ids, kind="stable")
+        found = order[np.searchsorted(self.samples.ids, ids, sorter=order).clip(max=len(order) - 1)]
+        if not np.array_equal(self.samples.ids[found], ids):
+            raise ValueError("samples of other splits are asked for")
+        return found
+
+    def relabelled(self, ids: np.ndarray, labels: np.ndarray) -> Loader:
+        """The same samples, but those of `ids` [n] have these labels [n]; the others keep what the shards say."""
+        other = copy.copy(self)
+        told = self.samples.labels.astype(np.int64)
+        told[self.positions_of(ids)] = labels
+        other.samples = self.samples._replace(labels=told)
+        return other
+
     def over(self, images: np.ndarray) -> Loader:
         """The same samples, but their pixels are those of `images` [len, size, size, 3], in memory."""
         other = copy.copy(self)

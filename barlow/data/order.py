@@ -24,6 +24,14 @@ def steps_per_epoch(count: int, batch: int) -> int:
     return count // batch
 
 
+def unlabelled_steps(count: int, mu: int, batch: int) -> int:
+    """Steps of a pass over `count` unlabelled images, of which each takes mu times the labelled batch."""
+    if mu * batch > count:
+        what = f"--mu {mu} --batch-size {batch}: a step takes {mu * batch} unlabelled images, there are {count}"
+        raise UserError(f"{what}: give less of either")
+    return count // (mu * batch)
+
+
 def share(batch: int, world: int) -> int:
     """Samples of the global batch that each of `world` ranks takes."""
     if batch % world:
@@ -52,6 +60,19 @@ def positions(
             yield epoch_order(seed, epoch, count)[start : start + part].copy()
 
     return run()
+
+
+def endless(
+    seed: int, count: int, batch: int, rank: int, world: int, first_step: int, last_step: int
+) -> Iterator[np.ndarray]:
+    """The same for a set that is gone through again and again, whatever the batch: step s takes places s * batch and on
+    of the epochs' orders laid end to end. So a batch may be larger than the set."""
+    part = share(batch, world)
+    order = lru_cache(maxsize=2 + part // count)(epoch_order.__wrapped__)  # not to push out that of a larger set
+    for step in range(first_step, last_step):
+        places = step * batch + rank * part + np.arange(part)
+        epochs, within = np.divmod(places, count)
+        yield np.concatenate([order(seed, e, count)[within[epochs == e]] for e in np.unique(epochs).tolist()])
 
 
 @lru_cache(maxsize=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,10 @@ class Index:
     std: tuple[float, ...]
     """A number a colour, in 0..1, over the pixels before JPEG; of `unlabeled` if there is one, else `train`."""
     splits: dict[str, Split]
+
+    def normalising(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Index:
+        """The same, with these in place of the data's own where they are given."""
+        return replace(self, mean=mean or self.mean, std=std or self.std)
 
     def split(self, name: str) -> Split:
         if name not in self.splits:

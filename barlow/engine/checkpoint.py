@@ -228,12 +228,13 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], o
 
 
 def find(where: str) -> Path:
-    """The checkpoint that `where` means: a .pt file, or the newest good one of a run folder."""
+    """The checkpoint that `where` means: a .pt file, or the newest good one of a run's folder, or of its `best`."""
     path = Path(where).expanduser()
     if path.is_dir():
-        newest, _ = Checkpoints(path / "checkpoints", keep=0).newest()
+        folder = path if any(path.glob("step-*.pt")) else path / "checkpoints"
+        newest, _ = Checkpoints(folder, keep=0).newest()
         if newest is None:
-            raise UserError(f"no good checkpoint in {path / 'checkpoints'}: name a run that has saved one")
+            raise UserError(f"no good checkpoint in {folder}: name a run that has saved one")
         return newest
     if not path.is_file():
         raise UserError(f"no checkpoint {where}: name a run folder or a .pt file")

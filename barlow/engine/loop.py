@@ -225,14 +225,17 @@ def patiently(do: Callable[[], object], say: Callable[[str], object]) -> None:
 def settle(
     pending: Sequence[tuple[int, Tensor, Mapping[str, Tensor], float, float]], plan: Plan, seconds: float
 ) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl for the steps since the last look, as plain numbers, up to a loss that is not finite."""
+    """Rows of metrics.jsonl for the steps since the last look, as plain numbers, up to a loss that is not finite.
+
+    What a step could not measure (NaN) is left out of its row."""
     rows: list[dict[str, Any]] = []
     for done, loss, metrics, lr, waited in pending:
         value = float(loss)
         if not math.isfinite(value):
             break
         row = {"step": done, "epoch": round(done / plan.steps_per_epoch, 4), "images": done * plan.batch_size}
-        row |= {"loss": value, **{name: float(metric) for name, metric in metrics.items()}, "lr": lr}
+        numbers = {name: float(metric) for name, metric in metrics.items()}
+        row |= {"loss": value, **{name: n for name, n in numbers.items() if not math.isnan(n)}, "lr": lr}
         rows.append(row | {"images_per_sec": 0.0, "data_wait": round(waited, 5)})
     for row in rows:  # the wall time of the window, shared out evenly
         row["images_per_sec"] = round(plan.batch_size * len(rows) / seconds, 1)

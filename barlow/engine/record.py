@@ -74,7 +74,7 @@ class Recorder:
     @property
     def unevaluated(self) -> bool:
         """Whether the last row of an earlier process lacks the numbers of an evaluation."""
-        return self._last_row.get("step") == self._start and not any(name.startswith("knn") for name in self._last_row)
+        return self._last_row.get("step") == self._start and not any(map(evaluated, self._last_row))
 
     def amend(self, numbers: Mapping[str, Any]) -> None:
         """Add an evaluation to the last row of an earlier process, before any other is written: whole or not at all,
@@ -115,7 +115,7 @@ class Recorder:
         step, now = row["step"], time.perf_counter()
         told = f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['images_per_sec']:,.0f} images/s"
         told += f"  wait {row['data_wait']:.3f} s"
-        found = "".join(f"  {name} {value:.2f}" for name, value in row.items() if name.startswith("knn"))
+        found = "".join(f"  {name} {value:.2f}" for name, value in row.items() if evaluated(name))
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, told=f"epoch {row['epoch']:.1f}  {told}")
             if found:
@@ -141,6 +141,11 @@ class Recorder:
                 self.say(f"warning: {self._metrics.fault}; rows since the last checkpoint are lost, to be made again")
             let_go_of(sys.stdout)
         self._log.close()
+
+
+def evaluated(name: str) -> bool:
+    """Whether a number of a row is an evaluation's, by its name."""
+    return name.startswith(("knn_", "train_", "val_"))
 
 
 def is_file(stream: IO[str], file: Journal) -> bool:

@@ -24,6 +24,7 @@ FREE = {
     "runs_dir",
     "device",
     "log_every",
+    "evaluate_every",
     "data.dir",
     "data.source",
     "data.workers",

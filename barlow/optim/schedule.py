@@ -21,3 +21,13 @@ def warmup_cosine(step: int, total: int, warmup: float, peak: float, end: float)
     progress = min(1.0, (step - warmup) / max(1.0, total - warmup))
     share = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * share + end * (1 - share)
+
+
+def fixmatch_cosine(step: int, total: int, peak: float) -> float:
+    """peak cos(7 pi k / 16 K) at step k of K, as FixMatch has it: down to 0.195 of the peak."""
+    return peak * math.cos(7 * math.pi * step / (16 * total))
+
+
+def half_cosine(step: int, total: int, peak: float) -> float:
+    """Half a cosine from the peak at step 0 down to 0 at step `total`, one after the last."""
+    return warmup_cosine(step, total, 0, peak, 0.0)

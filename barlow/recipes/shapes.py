@@ -5,7 +5,26 @@ A minute there; kNN top-1 of 12 classes: 57.7, 77.2 and 61.0 % with three seeds,
 What makes a short run on a small set work: a small network, a small projector and small views, so that there are many
 steps; colours that change more than in photographs, for here they never tell what is in the picture; fast biases."""
 
-from barlow.config import BarlowTwins, Checkpoint, Data, Knn, Lars, Model, Pretrain, View, Views
+from barlow.config import (
+    Adam,
+    BarlowTwins,
+    Checkpoint,
+    Data,
+    Finetune,
+    FixMatch,
+    Head,
+    Knn,
+    Labelled,
+    Lars,
+    Model,
+    Pretrain,
+    Request,
+    Sgd,
+    View,
+    Views,
+    Visualize,
+    Weak,
+)
 
 recipe = Pretrain(
     epochs=16,
@@ -19,3 +38,26 @@ recipe = Pretrain(
     checkpoint=Checkpoint(every_steps=200),
     knn=Knn(every_epochs=4, size=64, baselines=True),
 )
+finetune = Finetune(
+    epochs=20,
+    batch_size=120,
+    size=64,
+    labelled=Labelled(per_class=20),
+    view=Weak(scale=(0.5, 1.0)),
+    head=Head(widths=(256,)),
+    optim=Adam(lr=1e-3, lr_backbone=1e-3, schedule="cosine"),
+    checkpoint=Checkpoint(every_steps=200),
+)
+fixmatch = FixMatch(
+    epochs=4,
+    batch_size=24,
+    size=64,
+    labelled=Labelled(per_class=20),
+    view=Weak(scale=(0.5, 1.0)),
+    head=Head(widths=(256,)),
+    optim=Sgd(lr=0.03, lr_backbone=0.03),
+    data=Data(),
+    checkpoint=Checkpoint(every_steps=200),
+)
+request = Request(count=240, labelled=Labelled(per_class=20), size=64)
+visualize = Visualize(size=64)

@@ -4,18 +4,17 @@ An image votes for its class with exp(cosine / temperature); images without a la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from barlow import config, dist
+from barlow import config
 from barlow.data.loader import Loader
 from barlow.data.shards import Index
-
-Encode = Callable[[Tensor], Tensor]  # [n, 3, h, w] normalised -> [n, d]
+from barlow.stages.outputs import Encode, outputs
 
 
 def evaluate(
@@ -70,25 +69,11 @@ def classify(train: Tensor, labels: Tensor, queries: Tensor, classes: int, k: in
     return torch.cat(predicted)
 
 
-@torch.no_grad()
 def features(
-    encode: Encode, index: Index, split: str, size: int, device: torch.device, workers: int, batch: int = 256
+    encode: Encode, index: Index, split: str, size: int, device: torch.device, workers: int
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of the labelled images of a split. Each rank does its share; all get the whole."""
     loader = Loader(index, [split], workers=workers, pin=device.type == "cuda")
-    share = -(-len(loader) // dist.world_size())  # equal shares; the last ones repeat the last image
-    mine = np.minimum(np.arange(dist.rank() * share, (dist.rank() + 1) * share), len(loader) - 1)
-    mean = torch.tensor(index.mean, device=device).view(1, 3, 1, 1)
-    std = torch.tensor(index.std, device=device).view(1, 3, 1, 1)
-    found, labels = [], []
-    for part in loader.batches(np.split(mine, range(batch, len(mine), batch))):
-        images = part.images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255  # [n, 3, h, w]
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(
-                0, 1
-            )
-        found.append(encode((images - mean) / std).float())
-        labels.append(part.labels.to(device))
-    whole = dist.gather(torch.cat(found))[: len(loader)]
-    all_labels = dist.gather(torch.cat(labels))[: len(loader)]
-    return whole[all_labels >= 0], all_labels[all_labels >= 0]
+    labelled = np.flatnonzero(loader.samples.labels >= 0)
+    labels = torch.from_numpy(loader.samples.labels[labelled].astype(np.int64))
+    return outputs(encode, loader, labelled, index, size, device), labels.to(device)

@@ -56,7 +56,7 @@ def main(run_folder: str) -> None:
     config = load_config(folder, Pretrain)
     here = enter(folder, config)
     device, beats = here.device, here.beats
-    index = together(lambda: read_index(config.data.dir))
+    index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
     objective = build(config, device)
     told = ready(config, here, index, config.data.splits, config.data.stage, objective)
     near = staging.staged(index, config.data.splits, config.data.stage)

@@ -1,0 +1,73 @@
+"""FixMatch (Sohn et al. 2020): what a classifier is sure of in a weak view, it has to find in a strong one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from barlow import dist
+
+
+class FixMatch(nn.Module):
+    def __init__(self, classifier: nn.Module, threshold: float, lambda_u: float, temperature: float) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.threshold, self.lambda_u, self.temperature = threshold, lambda_u, temperature
+
+    def forward(self, given: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Labelled images [n, 3, h, w] with labels [n]; weak and strong views of the same m unlabelled ones, with the
+        labels [m] that they truly have (-1: unknown), which are only counted.
+
+        All go through the network at once, for batch norms to see one batch, as the paper's code has it."""
+        images, labels, weak, strong, truth = given
+        m = len(weak)
+        logits = self.classifier(torch.cat([images, weak, strong]).contiguous(memory_format=torch.channels_last))
+        of_images, of_weak, of_strong = logits.split([len(labels), m, m])
+        knobs = (self.threshold, self.lambda_u, self.temperature)
+        return fixmatch_loss(of_images, of_weak, of_strong, labels, truth, *knobs)
+
+
+def fixmatch_loss(
+    logits: Tensor,
+    weak: Tensor,
+    strong: Tensor,
+    labels: Tensor,
+    truth: Tensor,
+    threshold: float,
+    lambda_u: float = 1.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Equations 3 to 5 of BarlowMatch, over the batches of all ranks: l_l + lambda_u l_u, with
+
+    l_l = mean over labelled images of H(label, p(logits)),
+    l_u = mean over unlabelled ones of 1(max q >= threshold) H(argmax q, p(strong)), q = softmax(weak / temperature).
+
+    q is a target: no gradient flows through it. Logits are [n, classes], [m, classes] and [m, classes] on each rank.
+    Metrics: both losses; in per cent the labelled images that are right, the unlabelled ones that count (mask), and of
+    those whose true label is known, the ones whose pseudo-label is right (NaN while there are none).
+    """
+    n, m = len(labels), len(weak)
+    world = dist.world_size()
+    logits, weak, strong = (each if each.dtype == torch.float64 else each.float() for each in (logits, weak, strong))
+    entropy = F.cross_entropy(logits, labels, reduction="sum")
+    sure, guess = torch.softmax(weak.detach() / temperature, dim=1).max(dim=1)  # [m] each
+    mask = sure >= threshold
+    consistency = (F.cross_entropy(strong, guess, reduction="none") * mask).sum()
+
+    known = mask & (truth >= 0)
+    counted = [logits.detach().argmax(1) == labels, mask, known, known & (guess == truth)]
+    counts = [each.sum().to(entropy.dtype) for each in counted]
+    sums = dist.replicated_sum(torch.stack([entropy, consistency, *counts]))
+    loss_l, loss_u = sums[0] / (n * world), sums[1] / (m * world)
+    right, masked, checked, agreed = sums[2:].detach()
+    metrics = {
+        "loss_labelled": loss_l.detach(),
+        "loss_unlabelled": loss_u.detach(),
+        "top1": 100 * right / (n * world),
+        "mask": 100 * masked / (m * world),
+        "pseudo_top1": 100 * agreed / checked,
+    }
+    return loss_l + lambda_u * loss_u, metrics

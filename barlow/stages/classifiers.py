@@ -1,0 +1,135 @@
+"""What training a classifier takes, on labels alone or with FixMatch: the data with the labels that are known, a
+network with another run's weights, and how good it is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from barlow import dist
+from barlow.config import Finetune, FixMatch
+from barlow.data.loader import Loader
+from barlow.data.shards import Index, read_index
+from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
+from barlow.engine.preflight import together
+from barlow.errors import UserError
+from barlow.labels.table import HELD_OUT, Labelled, labelled
+from barlow.models import classifier as classifiers
+from barlow.models.classifier import Classifier
+from barlow.stages.outputs import outputs, top
+from barlow.stages.training import autocast, hashes
+
+Encode = Callable[[Tensor], Tensor]
+
+
+def data_of(config: Finetune | FixMatch) -> tuple[Index, Labelled]:
+    """What there is to learn from; a val without labels is refused, for classifiers are judged on it."""
+
+    def read() -> tuple[Index, Labelled]:
+        index = read_index(config.data.dir).normalising(config.data.mean, config.data.std)
+        if not (HELD_OUT in index.splits and index.splits[HELD_OUT].labeled):
+            raise UserError(
+                f"{config.data.dir}: a classifier is judged on a split {HELD_OUT} with labels: there is none"
+            )
+        if HELD_OUT in config.labelled.splits:
+            raise UserError(f"--labelled.splits {HELD_OUT}: classifiers are judged on it: name splits to learn from")
+        knobs = config.labelled
+        return index, labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
+
+    return together(read)
+
+
+def splits_with(index: Index, known: Labelled, besides: Sequence[str] = ()) -> list[str]:
+    """The splits that the labelled images are of, and these, in the order of ids."""
+    found = []
+    for split in sorted(index.splits.values(), key=lambda split: split.first_id):
+        first, last = np.searchsorted(known.ids, [split.first_id, split.first_id + split.count])
+        if last > first or split.name in besides:
+            found.append(split.name)
+    return found
+
+
+def fingerprint(index: Index, splits: Sequence[str], known: Labelled) -> list[str]:
+    """Of all that a run learns from: the shards, and which labels."""
+    digest = hashlib.sha256(known.ids.tobytes() + known.labels.tobytes()).hexdigest()
+    return [*hashes(index, splits), digest]
+
+
+def build(config: Finetune | FixMatch, index: Index, device: torch.device) -> Classifier:
+    """The network as it is initialised by the seed alone."""
+    torch.manual_seed(config.seed)
+    frozen = isinstance(config, Finetune) and config.form != "full"
+    classifier = classifiers.build(config.model, config.head, len(index.classes), frozen)
+    return classifier.to(device).to(memory_format=torch.channels_last)
+
+
+def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index) -> list[str]:
+    """Lay the weights of the run to start from over it: the backbone's, and FixMatch goes on with its head too."""
+    if not config.from_run:
+        return ["from nothing: no --from"]
+    origin = dist.broadcast(find(config.from_run) if dist.rank() == 0 else Path())
+    stored = load(origin)
+    parts = [("backbone", classifier.backbone)]
+    if isinstance(config, FixMatch) and any(name.startswith("head.") for name in stored["model"]):
+        check_classes(stored, index, config.from_run)
+        parts.append(("head", classifier.head))
+    for name, part in parts:
+        weights = {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
+        load_weights(part, weights, f"{origin} ({name})")
+    return [f"{' and '.join(name for name, _ in parts)} of {origin.parent.parent.name}, step {stored['step']}"]
+
+
+def check_classes(stored: dict[str, Any], index: Index, where: str) -> None:
+    there, here = stored.get("classes", []), list(index.classes)
+    if there != here:
+        known, have = (f"{len(names)} classes ({', '.join(names[:3])}, ...)" for names in (there, here))
+        what = f"it tells apart {known}, {index.folder} has {have}"
+        raise UserError(f"--from {where}: {what}: start from a run on these data, or give its --data.dir")
+
+
+class Judge:
+    """How often a classifier is right, on what it learned from and on val, seen whole; and its best so far."""
+
+    def __init__(
+        self, config: Finetune | FixMatch, index: Index, loader: Loader, known: Labelled, device: torch.device
+    ) -> None:
+        self.index, self.size, self.device = index, config.size, device
+        self.train, self.positions = loader, loader.positions_of(known.ids)
+        self.labels = torch.from_numpy(known.labels).to(device)
+        self.val = Loader(index, [HELD_OUT], workers=config.data.workers, pin=device.type == "cuda")
+        self.judged = np.flatnonzero(self.val.samples.labels >= 0)
+        self.truth = torch.from_numpy(self.val.samples.labels[self.judged].astype(np.int64)).to(device)
+        self.best: dict[str, float] = {"step": 0, "val_top1": -1.0}
+
+    def accuracies(
+        self, classifier: nn.Module, dtype: torch.dtype, beat: Callable[[], object]
+    ) -> Iterator[tuple[str, float]]:
+        """train_top1, val_top1 and val_top5, in per cent."""
+        was_training = classifier.training
+        classifier.eval()
+
+        def encode(images: Tensor) -> Tensor:
+            with autocast(dtype, self.device):
+                logits: Tensor = classifier(images.contiguous(memory_format=torch.channels_last))
+            return logits
+
+        try:
+            learned = outputs(encode, self.train, self.positions, self.index, self.size, self.device, beat)
+            unseen = outputs(encode, self.val, self.judged, self.index, self.size, self.device, beat)
+        finally:
+            classifier.train(was_training)
+        yield "train_top1", top(learned, self.labels, [1])[0]
+        yield from zip(("val_top1", "val_top5"), top(unseen, self.truth, [1, 5]), strict=True)
+
+    def note(self, found: dict[str, float], step: int, best: Checkpoints, state: Callable[[], dict[str, Any]]) -> None:
+        """Keep what is better on val than all before; only rank 0 writes."""
+        if found["val_top1"] > self.best["val_top1"]:
+            self.best = {"step": step, "val_top1": found["val_top1"]}
+            if dist.rank() == 0:
+                best.save(step, state())

@@ -1,0 +1,74 @@
+"""From argv to runs under way: what the launchers that start a stage have in common. Not a command itself."""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from barlow import cli
+from barlow.config import Run, Shards
+from barlow.engine.run import folder_of, prepare, refuse_other_config
+from slurm.cluster import Cluster, resolve
+from slurm.sweep import Runs
+
+ROOT = Path(__file__).resolve().parents[1]
+Config = TypeVar("Config", bound=Run)
+
+
+def start(
+    argv: Sequence[str],
+    recipes: Mapping[str, Config],
+    stage: str,
+    about: str,
+    settled: Callable[[Config], Config],
+    early: Callable[[Config, int], object],
+    late: Callable[[Config, bool], object],
+) -> int:
+    """Runs of the stage barlow.stages.STAGE, one or a sweep of them; returns the command's exit code.
+
+    `settled` closes what a config leaves open. `early` refuses what cannot be, given the number of ranks, before
+    anything is looked at; `late`, told whether this is a dry run, looks at the data. Nothing is created before them.
+    """
+    script = "launchers/label_request.py" if stage == "request" else f"launchers/{stage}.py"
+    recipe, asked, cluster, swept = cli.parse(argv, recipes, Cluster, script, about)
+    asked = replace(asked, run=asked.run or (recipe if stage == "pretrain" else f"{recipe}-{stage}"))
+    configs = [elsewhere(settled(config), cluster) for config in cli.combinations(asked, swept.sweep)]
+    runs = Runs(asked.run, [folder_of(config) for config in configs], bool(swept.sweep), swept.at_once)
+    ranks = runs.check(cluster)
+    for config in configs:
+        with cli.named(config.run if len(configs) > 1 else ""):
+            refuse_other_config(config)
+            early(config, ranks)
+    runs = runs.left(cluster)
+    configs = [config for config in configs if folder_of(config) in runs.folders]
+    for config in configs:
+        with cli.named(config.run if len(configs) > 1 else ""):
+            late(config, cluster.dry_run)
+    for config in configs if not cluster.dry_run else ():
+        prepare(config, shlex.join(["python", script, *argv]), ROOT)
+    return runs.launch(f"barlow.stages.{stage}", cluster)
+
+
+def elsewhere(config: Config, cluster: Cluster) -> Config:
+    """The same for ranks that may run on other machines, on what the cluster has."""
+    device = "cuda" if config.device == "auto" and resolve(cluster).gpus_per_node else config.device
+    return replace(config, device=device)
+
+
+def absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def found(data: Shards, dry_run: bool) -> bool:
+    """Whether there are shards to look at: written first where it is said what of, and the folder has none yet."""
+    if (Path(data.dir) / "index.json").exists() or not data.source:
+        return True
+    if dry_run:
+        return False
+    made = subprocess.run([sys.executable, str(ROOT / "launchers" / "shards.py"), data.source, data.dir])
+    if made.returncode:
+        raise SystemExit(made.returncode)
+    return True

@@ -1,0 +1,34 @@
+"""python launchers/visualize.py [RECIPE] --from RUN [--split val] [--count 16 | --ids 3 14 15] [--run NAME]
+
+Shows what in an image speaks for a class to the classifier of a run, by Grad-CAM, guided backpropagation and both: PNGs
+in the run folder's pictures/. --help lists every flag."""
+
+import sys
+from dataclasses import replace
+
+from barlow.config import Visualize
+from barlow.data.shards import read_index
+from barlow.engine import origin
+from barlow.errors import UserError, one_line_errors
+from barlow.recipes import VISUALIZE
+from start import absolute, found, start
+
+
+def settled(config: Visualize) -> Visualize:
+    config = origin.settled(config)
+    return replace(config, data=replace(config.data, dir=absolute(config.data.dir)))
+
+
+def early(config: Visualize, ranks: int) -> None:
+    if origin.awaited(config.from_run):
+        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+
+
+def late(config: Visualize, dry_run: bool) -> None:
+    if found(config.data, dry_run):
+        read_index(config.data.dir).split(config.split)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        raise SystemExit(start(sys.argv[1:], VISUALIZE, "visualize", __doc__ or "", settled, early, late))
