@@ -110,7 +110,7 @@ def resampled(images: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """uint8 [n, 3, H, W] under the weights of its columns [n, h, H] and of its rows [n, w, W]: uint8 [n, 3, h, w]."""
     n, channels, H, W = images.shape
     x = torch.bmm(images.reshape(n, channels * H, W).to(torch.float64), across.transpose(1, 2))
-    x = rounded(x).view(n, channels, H, -1)
+    x = rounded(x).view(n, channels, H, across.shape[1])
     return rounded(down[:, None] @ x).to(torch.uint8)
 
 

@@ -36,6 +36,17 @@ def test_a_part_of_an_image_is_resized_as_pil_does(method: str, height: int, wid
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_line_of_any_length_is_scaled_as_pil_does(method: str) -> None:
+    row = pictures(4, 100)[1:2]  # noise
+    for length in range(1, 101):
+        image = Image.fromarray(row[0, :, :, :length].permute(1, 2, 0).numpy())
+        expected = np.array(image.resize((32, 4), RESAMPLING[method]))
+        across = torch.from_numpy(line(method, length, 32)).double()[None]
+        ours = resampled(row[..., :length], torch.eye(4, dtype=torch.float64)[None] * 2**22, across)
+        assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), expected), length
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_line_of_its_own_length_stays(method: str) -> None:
     for size in (1, 7, 32, 96):
         assert np.array_equal(line(method, size, size), np.eye(size, dtype=np.int32) << 22)
