@@ -32,6 +32,7 @@ class Use(IntEnum):
     CUTOUT = 9
     LABELS = 10
     KMEANS = 11
+    PICTURES = 12
 
 
 def philox(key: tuple[int, int], counter: Tensor) -> Tensor:

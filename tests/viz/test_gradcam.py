@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from barlow.config import Model
 from barlow.models import backbone as backbones
-from barlow.models.resnet import Network, ResNet
+from barlow.models.fused_norm import FusedNorm
+from barlow.models.resnet import Network, ResNet, fuse
 from barlow.viz.gradcam import grad_cam, guided_backprop, guided_grad_cam, last_stage
 
 CLASSES = torch.tensor([4, 0, 4])
@@ -182,6 +183,15 @@ def test_a_relu_may_be_called_by_any_name(relu: Callable[[Tensor], Tensor]) -> N
     called[1] = called[3] = Called()
     found = guided_backprop(called, images(), CLASSES)
     torch.testing.assert_close(found, guided_backprop(model, images(), CLASSES))
+
+
+def test_a_relu_may_be_part_of_a_norm() -> None:
+    model, x = small(), images()
+    fused = fuse(copy.deepcopy(model))
+    assert sum(isinstance(module, FusedNorm) for module in fused.modules()) > 8
+    torch.testing.assert_close(guided_backprop(fused, x, CLASSES), guided_backprop(model, x, CLASSES))
+    cams = [grad_cam(each, each.get_submodule("0.layer4"), x, CLASSES) for each in (fused, model)]
+    torch.testing.assert_close(*cams)
 
 
 def test_a_layer_after_the_stage_may_work_in_place() -> None:
