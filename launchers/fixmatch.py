@@ -34,7 +34,7 @@ def late(config: FixMatch, dry_run: bool) -> None:
         index, knobs = read_index(config.data.dir), config.labelled
         labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
         count = sum(index.split(name).count for name in config.data.splits)
-        order.unlabelled_steps(count, config.mu, config.batch_size)
+        order.unlabelled_steps(min(count, config.data.limit or count), config.mu, config.batch_size)
 
 
 if __name__ == "__main__":

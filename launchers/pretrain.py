@@ -33,7 +33,8 @@ def early(config: Pretrain, ranks: int) -> None:
 def late(config: Pretrain, dry_run: bool) -> None:
     if found(config.data, dry_run):
         index = read_index(config.data.dir)
-        order.steps_per_epoch(sum(index.split(name).count for name in config.data.splits), config.batch_size)
+        count = sum(index.split(name).count for name in config.data.splits)
+        order.steps_per_epoch(min(count, config.data.limit or count), config.batch_size)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,15 @@ class Finetune(Training):
     optim: Adam = field(default_factory=Adam)
     evaluate_every: int = 1
     """Epochs between two evaluations on val (there is one at the end); 0: at the end alone."""
+    val_limit: int = 0
+    """Judge on so many images of val, drawn by the seed; 0: on all."""
 
     def __post_init__(self) -> None:
         rules = of_training(self) + of_labels(self) + of_classifier(self)
         refuse(
-            self, rules + not_negative(self, ("optim.lr", "optim.lr_backbone", "optim.weight_decay", "evaluate_every"))
+            self,
+            rules
+            + not_negative(
+                self, ("optim.lr", "optim.lr_backbone", "optim.weight_decay", "evaluate_every", "val_limit")
+            ),
         )

@@ -52,6 +52,8 @@ class FixMatch(Training):
     optim: Sgd = field(default_factory=Sgd)
     evaluate_every: int = 1
     """Epochs between two evaluations on val (there is one at the end); 0: at the end alone."""
+    val_limit: int = 0
+    """Judge on so many images of val, drawn by the seed; 0: on all."""
 
     def __post_init__(self) -> None:
         rules = of_training(self) + of_labels(self) + of_classifier(self) + at_least_1(self, ("mu",))
@@ -59,6 +61,10 @@ class FixMatch(Training):
         rules += not_negative(
             self, ("lambda_u", "optim.lr", "optim.lr_backbone", "optim.weight_decay", "evaluate_every")
         )
-        rules += above_0(self, ("temperature",)) + below_1(self, ("ema", "optim.momentum"))
+        rules += (
+            not_negative(self, ("val_limit", "data.limit"))
+            + above_0(self, ("temperature",))
+            + below_1(self, ("ema", "optim.momentum"))
+        )
         rules += [("data.splits", bool(self.data.splits), "at least one split, as in unlabeled train")]
         refuse(self, rules)

@@ -24,6 +24,8 @@ class Request(Run):
     """Answer the request with the labels that the shards have: a simulated person."""
     pool: tuple[str, ...] = ("unlabeled",)
     """Splits to choose from; what is labelled already is never chosen."""
+    limit: int = 0
+    """Look only at so many images of the pool, drawn by the seed; 0: at all."""
     labels: tuple[str, ...] = ()
     """Earlier requests that were answered: CSV files."""
     size: int = 0
@@ -32,7 +34,7 @@ class Request(Run):
     labelled: Labelled = field(default_factory=Labelled)
 
     def __post_init__(self) -> None:
-        rules = of_run(self) + of_labels(self) + at_least_1(self, ("count",)) + not_negative(self, ("size",))
+        rules = of_run(self) + of_labels(self) + at_least_1(self, ("count",)) + not_negative(self, ("size", "limit"))
         refuse(self, [*rules, ("pool", bool(self.pool), "at least one split, as in unlabeled")])
 
 

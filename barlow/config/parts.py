@@ -27,6 +27,8 @@ class Shards:
 class Data(Shards):
     splits: tuple[str, ...] = ("unlabeled",)
     """Splits whose images are learned from without their labels."""
+    limit: int = 0
+    """Use only so many images of these splits, drawn by the seed; 0: all."""
     cache: Literal["none", "ram", "gpu"] = "none"
     """Where a rank keeps these splits decoded, as uint8, from the start on: in memory, or on its GPU."""
 

@@ -24,7 +24,7 @@ class Pretrain(Training):
         rates = ("optim.lr", "optim.lr_biases", "optim.weight_decay", "optim.eta", "optim.end_lr")
         rules = of_training(self) + at_least_1(self, ("knn.k", "views.size")) + not_negative(self, rates)
         rules += not_negative(self, ("optim.warmup_epochs", "objective.lambd", "objective.scale"))
-        rules += not_negative(self, ("knn.every_epochs", "knn.size"))
+        rules += not_negative(self, ("knn.every_epochs", "knn.size", "data.limit"))
         rules += above_0(self, ("model.width", "knn.temperature")) + below_1(self, ("optim.momentum",))
         projector = min(self.model.projector, default=0) >= 1
         rules += [

@@ -13,6 +13,8 @@ import numpy as np
 
 from barlow.errors import UserError
 
+NEVER = (1 << 32) - 1  # an epoch that no run comes to
+
 
 def steps_per_epoch(count: int, batch: int) -> int:
     """Whole batches in an epoch of `count` samples; what is left over is dropped (other samples each epoch)."""
@@ -22,6 +24,14 @@ def steps_per_epoch(count: int, batch: int) -> int:
         choice = f"give --batch-size {count} or less"
         raise UserError(f"batch size {batch} is larger than the data ({count} images): {choice}")
     return count // batch
+
+
+def limited(seed: int, count: int, limit: int) -> np.ndarray:
+    """Which positions [n] int64 of `count` are used where no more than `limit` are to be (0: all): in order, drawn by
+    the seed, and the more for a higher limit."""
+    if not 0 < limit < count:
+        return np.arange(count)
+    return np.sort(epoch_order(seed, NEVER, count)[:limit])
 
 
 def unlabelled_steps(count: int, mu: int, batch: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from barlow import dist
 from barlow.config import Finetune, FixMatch
+from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
@@ -103,7 +104,8 @@ class Judge:
         self.train, self.positions = loader, loader.positions_of(known.ids)
         self.labels = torch.from_numpy(known.labels).to(device)
         self.val = Loader(index, [HELD_OUT], workers=config.data.workers, pin=device.type == "cuda")
-        self.judged = np.flatnonzero(self.val.samples.labels >= 0)
+        judged = np.flatnonzero(self.val.samples.labels >= 0)
+        self.judged = judged[order.limited(config.seed, len(judged), config.val_limit)]
         self.truth = torch.from_numpy(self.val.samples.labels[self.judged].astype(np.int64)).to(device)
         self.best: dict[str, float] = {"step": 0, "val_top1": -1.0}
 

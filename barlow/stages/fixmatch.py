@@ -172,7 +172,8 @@ def main(run_folder: str) -> None:
 
 def lengths(config: FixMatch, index: Index) -> Plan:
     """An epoch is one pass over the unlabelled images, mu B of them a step."""
-    count, batch = sum(index.split(name).count for name in config.data.splits), config.mu * config.batch_size
+    count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
+    count, batch = min(count, config.data.limit or count), config.mu * config.batch_size
     order.unlabelled_steps(count, config.mu, config.batch_size)
     plan = plan_of(config, count, batch, config.evaluate_every)
     return replace(plan, batch_size=batch + config.batch_size)
@@ -184,6 +185,7 @@ def positions(
     """This rank's part of each step: its labelled images first."""
     firsts = [(index.split(name).first_id, index.split(name).count) for name in dict.fromkeys(config.data.splits)]
     unlabelled = loader.positions_of(np.concatenate([np.arange(first, first + count) for first, count in firsts]))
+    unlabelled = unlabelled[order.limited(config.seed, len(unlabelled), config.data.limit)]
     ranks = (dist.rank(), dist.world_size(), start, plan.steps)
     few = order.endless(config.seed, len(labelled), config.batch_size, *ranks)
     many = order.positions(config.seed, len(unlabelled), config.mu * config.batch_size, *ranks)

@@ -62,7 +62,8 @@ def main(run_folder: str) -> None:
     near = staging.staged(index, config.data.splits, config.data.stage)
     pin = device.type == "cuda"
     loader = together(lambda: Loader(near, config.data.splits, workers=config.data.workers, pin=pin))
-    plan = plan_of(config, len(loader), config.batch_size, config.knn.every_epochs)
+    used = order.limited(config.seed, len(loader), config.data.limit)
+    plan = together(lambda: plan_of(config, len(used), config.batch_size, config.knn.every_epochs))
 
     eager = speed.why_not(config.speed, device)  # and why
     model = distribute(objective, device, compiled=not eager)
@@ -127,9 +128,9 @@ def main(run_folder: str) -> None:
         return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
 
     positions = order.positions(
-        config.seed, len(loader), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
+        config.seed, len(used), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
-    given = feed(source.batches(positions), make, device, start)
+    given = feed(source.batches(used[places] for places in positions), make, device, start)
     if here.holding:
         checkpoints.prepare({**state(), "optimizer": with_state(optimizer, ["momentum"])})
     with to_the_end(here, recorder, checkpoints):
