@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from barlow.config import Request
 from barlow.data.layout import FIELD, FIELDS, HEADER, SAMPLE
 from barlow.data.shards import Index
 from barlow.errors import UserError
@@ -82,6 +83,23 @@ def unlabelled(index: Index, splits: Sequence[str], known: Labelled, count: int)
         what = f"{' and '.join(splits)} of {index.folder} have {len(ids)} samples that are not labelled yet"
         raise UserError(f"{what}: give --count {len(ids)} or less" if len(ids) else f"{what}: name another --pool")
     return ids
+
+
+def asked(config: Request, index: Index) -> tuple[Labelled, np.ndarray]:
+    """What a request knows, and the ids of the pool that it chooses from; one that cannot be made is refused."""
+    known = labelled(index, config.labelled.splits, config.labelled.per_class, config.labelled.seed, config.labels)
+    pool = unlabelled(index, config.pool, known, config.count)
+    unknown = int((truth(index, config.pool, pool) < 0).sum())
+    if config.oracle and unknown:
+        what = f"{' and '.join(config.pool)} of {index.folder} have {unknown} samples without a label"
+        raise UserError(f"--oracle answers with the labels of the shards, but {what}: leave it out")
+    return known, pool
+
+
+def truth(index: Index, splits: Sequence[str], ids: np.ndarray) -> np.ndarray:
+    """The labels that the shards have for these samples of the splits, -1 where they have none."""
+    known, labels = in_shards(index, splits)
+    return labels[np.searchsorted(known, ids)]
 
 
 def in_shards(index: Index, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
