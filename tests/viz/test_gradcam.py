@@ -94,28 +94,22 @@ def bilinear(small: np.ndarray, side: int) -> Tensor:
 
 
 def test_grad_cam_is_its_definition_by_finite_differences() -> None:
-    model = small().eval()
-    backbone, head = model
-    x = images()
+    """With a head that treats the places of the last stage differently, as a pooling one does not."""
+    torch.manual_seed(0)
+    stage = nn.Sequential(nn.Conv2d(3, 6, 5, stride=4), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(8 * 25, 32), nn.ReLU(inplace=True), nn.Linear(32, 5))
+    model, x = nn.Sequential(stage, head).double(), images()
+    found = grad_cam(model, stage, x, CLASSES)
+    assert found.shape == (3, 24, 24)
     with torch.no_grad():
-        features = x
-        for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
-            features = backbone.get_submodule(name)(features)
-        found = grad_cam(model, backbone.get_submodule("layer4"), x, CLASSES)
-        assert features.shape == (3, 64, 3, 3)
-        assert found.shape == (3, 24, 24)
+        features = stage(x)  # [3, 8, 5, 5]
         for n, wanted in enumerate(CLASSES):
-
-            def logit(changed: Tensor, wanted: Tensor = wanted) -> Tensor:
-                y: Tensor = head(changed.mean((2, 3)))[:, wanted]
-                return y
-
-            steps = 1e-5 * torch.eye(features[n].numel(), dtype=torch.float64).view(-1, *features[n].shape)
-            slopes = (logit(features[n] + steps) - logit(features[n] - steps)) / 2e-5
-            weights = slopes.view(64, 9).mean(1)
-            cam = sum(weight * feature for weight, feature in zip(weights, features[n], strict=True))
-            assert isinstance(cam, Tensor)
-            torch.testing.assert_close(found[n], bilinear(cam.relu().numpy(), 24), rtol=1e-6, atol=1e-9)
+            steps = 1e-5 * torch.eye(200, dtype=torch.float64).view(200, 8, 5, 5)
+            above, below = (head(features[n] + change)[:, wanted] for change in (steps, -steps))
+            slopes = ((above - below) / 2e-5).view(8, 25)
+            assert (slopes.std(1) > 0.1 * slopes.abs().mean()).all()
+            cam = (slopes.mean(1)[:, None, None] * features[n]).sum(0).relu()
+            torch.testing.assert_close(found[n], bilinear(cam.numpy(), 24), rtol=1e-6, atol=1e-9)
     assert (found > 0).any((1, 2)).all()
     assert (found == 0).any()
 
