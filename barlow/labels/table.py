@@ -71,10 +71,11 @@ def labelled(
     return Labelled(*_sorted(known), unanswered)
 
 
-def unlabelled(index: Index, splits: Sequence[str], known: Labelled, count: int) -> np.ndarray:
-    """The pool that `count` samples are to be chosen from, as ids int64 [n] ascending: `splits` without what is known.
-
-    A pool that is smaller is refused."""
+def unlabelled(
+    index: Index, splits: Sequence[str], known: Labelled, count: int, limit: int = 0, seed: int = 0
+) -> np.ndarray:
+    """The pool that `count` samples are to be chosen from, as ids int64 [n] ascending: `splits` without what is known,
+    of which no more than `limit` are drawn if that is above 0. A pool that is smaller than `count` is refused."""
     if HELD_OUT in splits:
         raise UserError(f"--pool {HELD_OUT}: classifiers are judged on it; name splits that may be learned from")
     ids = np.concatenate([_ids(index, split) for split in dict.fromkeys(splits)])
@@ -82,13 +83,15 @@ def unlabelled(index: Index, splits: Sequence[str], known: Labelled, count: int)
     if len(ids) < count:
         what = f"{' and '.join(splits)} of {index.folder} have {len(ids)} samples that are not labelled yet"
         raise UserError(f"{what}: give --count {len(ids)} or less" if len(ids) else f"{what}: name another --pool")
-    return ids
+    if 0 < limit < count:
+        raise UserError(f"--limit {limit} leaves fewer images than are to be chosen: give --count {limit} or less")
+    return ids[draw(ids, np.zeros_like(ids), limit, seed)] if limit else ids
 
 
 def asked(config: Request, index: Index) -> tuple[Labelled, np.ndarray]:
     """What a request knows, and the ids of the pool that it chooses from; one that cannot be made is refused."""
     known = labelled(index, config.labelled.splits, config.labelled.per_class, config.labelled.seed, config.labels)
-    pool = unlabelled(index, config.pool, known, config.count)
+    pool = unlabelled(index, config.pool, known, config.count, config.limit, config.seed)
     unknown = int((truth(index, config.pool, pool) < 0).sum())
     if config.oracle and unknown:
         what = f"{' and '.join(config.pool)} of {index.folder} have {unknown} samples without a label"

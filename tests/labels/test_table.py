@@ -208,6 +208,11 @@ def test_the_pool_is_what_is_not_labelled_yet(index: Index) -> None:
     assert len(pool) == 96 + 48 - len(few.ids)
     assert not set(pool.tolist()) & set(few.ids.tolist())
     assert (np.diff(pool) > 0).all()
+    part, more = (unlabelled(index, ["train", "unlabeled"], few, 10, limit, seed=3) for limit in (10, 50))
+    assert (len(part), len(more), (np.diff(more) > 0).all()) == (10, 50, True)
+    assert set(part.tolist()) <= set(more.tolist()) <= set(pool.tolist())
+    with pytest.raises(UserError, match="--limit 10 leaves fewer images than are to be chosen: give --count 10"):
+        unlabelled(index, ["unlabeled"], few, 11, limit=10)
     with pytest.raises(UserError, match=r"unlabeled of .* have 96 samples that are not labelled yet: give --count 96"):
         unlabelled(index, ["unlabeled"], few, 97)
     with pytest.raises(UserError, match=r"have 0 samples .*: name another --pool"):
