@@ -15,7 +15,9 @@ import time
 
 from measure import ROOT, asked
 
-NAMES = ("lars", "views", "loader", "loss", "step", "end_to_end", "scaling", "startup", "memory", "interruption")
+NAMES = (
+    "lars", "views", "norms", "loader", "loss", "step", "end_to_end", "scaling", "startup", "memory", "interruption",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -348,7 +348,7 @@ __device__ __forceinline__ void gradient(const void* grad, const void* x, const 
 // parts: of each run of rows. Without weight or bias their address is 0; without anything added, that of `added`, of y
 // and of `kept`.
 
-extern "C" __global__ void __launch_bounds__(256) norm_moments(const void* x, float* parts, Tiling t) {
+extern "C" __global__ void __launch_bounds__(256, 3) norm_moments(const void* x, float* parts, Tiling t) {
     DYNAMIC_SHARED(float, shared);
     const float* const wide = static_cast<const float*>(x);
     const uint16* const half = static_cast<const uint16*>(x);

@@ -284,16 +284,17 @@ def test_elements_beyond_2_to_the_31(emulated: Emulated) -> None:
 # -------------------------------------------------------------------------------------------------------- machine code
 
 
-def test_vectors_are_loaded_whole_and_several_at_a_time(tmp_path: Path) -> None:
-    """What the speed hangs on, in the machine code for an H200: 16 bytes a load and a store, from what is known to be
-    global memory, several before the first result is used; and nothing in slow memory."""
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_vectors_are_loaded_whole_and_several_at_a_time(arch: str, tmp_path: Path) -> None:
+    """What the speed hangs on, in the machine code for an A100 and an H200: 16 bytes a load and a store, from what is
+    known to be global memory, several before the first result is used; and nothing in slow memory."""
     triton = find_spec("triton")  # which brings one
     beside = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else Path()
     cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=beside)
     if cuobjdump is None:
         pytest.skip("cuobjdump, which shows machine code, is not installed")
     try:
-        code = build.compile_source(build.source("norm"), "norm", "sm_90")
+        code = build.compile_source(build.source("norm"), "norm", arch)
     except build.UnavailableError as why:
         pytest.skip(str(why))
     (tmp_path / "norm.cubin").write_bytes(code)
@@ -349,9 +350,8 @@ def test_a_gpu_does_the_same(shape: tuple[int, int], sum_too: bool, dtype: torch
     close(moments, exact, 2e-6)
     more = None if added is None else added.double()
     close(y, norm_ops.applied(x.double(), more, exact, double(by), True), 5e-6)
-    wide = grad.double()
-    wide_by = (None, None, eps) if sum_too else double(by)
-    masked = norm_ops.masked_sums_of(wide, x.double(), y.double(), exact, eps)[1] if sum_too else wide
-    exact_sums = norm_ops.sums_of(masked, x.double(), exact, wide_by, not sum_too)
+    # What rounding lets through is let through in both directions: of millions, some lie that near to 0.
+    masked = torch.where(y <= 0, 0, grad).double()
+    exact_sums = norm_ops.sums_of(masked, x.double(), exact, (None, None, eps), False)
     close(sums, exact_sums, 1e-5)
-    close(x_grad, norm_ops.gradient_of(masked, x.double(), exact, exact_sums, double(by), not sum_too), 1e-5)
+    close(x_grad, norm_ops.gradient_of(masked, x.double(), exact, exact_sums, double(by), False), 1e-5)

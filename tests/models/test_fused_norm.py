@@ -276,6 +276,27 @@ def test_compiled_in_one_piece_it_is_what_it_was() -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-4)
 
 
+def compiled_on_ranks() -> list[list[Tensor]]:
+    own = slice(3 * dist.rank(), 3 * dist.rank() + 3)
+    weights = torch.linspace(-1, 2, 6)[own]
+    ends = []
+    for compiled in (True, False):
+        end: Any = End(6, relu=True).fused()
+        call = torch.compile(end, fullgraph=True, dynamic=False) if compiled else end
+        x = images(6, 6, 0, torch.float32)[own].requires_grad_()
+        y = call(x, images(6, 6, 1, torch.float32)[own] - 5)
+        dist.all_reduce_sum((weights[:, None] * y.flatten(1).square()).sum()).backward()
+        assert x.grad is not None
+        ends.append([y.detach(), x.grad, *(p.grad for p in end.parameters()), *end.state_dict().values()])
+    return ends
+
+
+@pytest.mark.slow
+def test_compiled_among_ranks_its_collectives_are_in_the_one_piece(on_ranks: Ranks) -> None:
+    for fast, eager in on_ranks(2, compiled_on_ranks, timeout=280):
+        torch.testing.assert_close(fast, eager, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- with kernels
 
 
@@ -326,26 +347,29 @@ def test_a_network_with_the_kernels_trains_as_without(
 
 @pytest.mark.parametrize("device", [pytest.param(torch.device("cuda", 0), marks=gpu)])
 def test_on_a_gpu(device: torch.device) -> None:
-    """bfloat16 with the kernels against float32 without; compiled, in a CUDA graph, and nothing waits for the GPU."""
+    """bfloat16 with the kernels, eager and compiled in CUDA graphs, is as near to float32 as without them; and nothing
+    waits for the GPU."""
     assert way(device, "fused") == "batch norms by our CUDA kernel"
     plain = small("resnet50", 0.5).to(device)
-    model, x = fuse(copy.deepcopy(plain)), torch.randn(64, 3, 96, 96).to(device, memory_format=torch.channels_last)
+    x = torch.randn(64, 3, 96, 96, generator=torch.Generator().manual_seed(1))
+    x = x.to(device, memory_format=torch.channels_last)
+    ours = fuse(copy.deepcopy(plain))
     options: Any = {"triton.cudagraphs": True}
-    compiled: Any = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=False, options=options)
-    ends = []
-    for each, call in ((plain, plain), (model, model), (compiled, compiled)):
+    compiled: Any = torch.compile(copy.deepcopy(ours), fullgraph=True, dynamic=False, options=options)
+    grads: dict[str, Tensor] = {}
+    for name, model in (("float32", plain), ("plain", plain), ("fused", ours), ("compiled", compiled)):
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
-            each.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16, enabled=each is not plain):
-                y = call(x)
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=name != "float32"):
+                y = model(x)
             y.float().square().mean().backward()
-        ends.append(torch.cat([p.grad.flatten().float() for p in each.parameters() if p.grad is not None]).clone())
-    assert F.cosine_similarity(ends[0], ends[1], dim=0) > 0.97
-    assert F.cosine_similarity(ends[1], ends[2], dim=0) > 0.999
+        grads[name] = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None]).clone()
+    off = {name: 1 - F.cosine_similarity(grad, grads["float32"], dim=0).item() for name, grad in grads.items()}
+    assert max(off["fused"], off["compiled"]) < 2 * off["plain"] + 0.01, off
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", torch.bfloat16):
-            model(x).sum().backward()
+            ours(x).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
