@@ -6,8 +6,9 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 
-from barlow.optim.schedule import scaled, warmup_cosine
+from barlow.optim.schedule import fixmatch_cosine, half_cosine, scaled, warmup_cosine
 
 
 def reference(step: int, epochs: int, steps_per_epoch: int, batch_size: int, base: float) -> float:
@@ -48,3 +49,26 @@ def test_edges() -> None:
     assert warmup_cosine(4, 4, 4, 1.0, 0.1) == 1.0  # warm-up and no more
     assert warmup_cosine(99, 10, 2, 1.0, 0.1) == pytest.approx(0.1)  # past the end
     assert warmup_cosine(5, 100, 2.5, 1.0, 0.0) == pytest.approx((1 + math.cos(math.pi * 2.5 / 97.5)) / 2)
+
+
+def test_fixmatch_s_cosine_is_the_paper_s() -> None:
+    """eta cos(7 pi k / 16 K), BarlowMatch 3.3.2: some values by hand, and each against the definition."""
+    for k in range(401):
+        ours = fixmatch_cosine(k, 400, 0.03)
+        assert ours == pytest.approx(0.03 * math.cos((7 / 16) * math.pi * (k / 400)), rel=1e-12)
+    assert fixmatch_cosine(0, 400, 0.03) == 0.03
+    assert fixmatch_cosine(16, 28, 1.0) == pytest.approx(math.sqrt(0.5))  # an eighth of the circle
+    assert fixmatch_cosine(400, 400, 1.0) == pytest.approx(0.1950903220161283)  # cos(7 pi / 16): never down to 0
+    rates = [fixmatch_cosine(k, 1000, 1.0) for k in range(1001)]
+    assert all(a > b > 0 for a, b in pairwise(rates))
+
+
+def test_half_a_cosine_is_torch_s() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50)
+    for step in range(50):
+        assert half_cosine(step, 50, 0.4) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    assert half_cosine(50, 50, 0.4) == pytest.approx(0.0)
