@@ -64,11 +64,12 @@ def absolute(path: str) -> str:
 
 def found(data: Shards, dry_run: bool) -> bool:
     """Whether there are shards to look at: written first where it is said what of, and the folder has none yet."""
-    if (Path(data.dir) / "index.json").exists() or not data.source:
+    if (Path(data.dir) / "index.json").exists():
         return True
     if dry_run:
         return False
-    made = subprocess.run([sys.executable, str(ROOT / "launchers" / "shards.py"), data.source, data.dir])
-    if made.returncode:
-        raise SystemExit(made.returncode)
+    if data.source:
+        made = subprocess.run([sys.executable, str(ROOT / "launchers" / "shards.py"), data.source, data.dir])
+        if made.returncode:
+            raise SystemExit(made.returncode)
     return True

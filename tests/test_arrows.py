@@ -18,10 +18,13 @@ MAY = {
         "barlow.stages",
         "barlow.data",
         "barlow.labels",
+        "barlow.engine.origin",
         "barlow.engine.run",
+        "barlow.papers",
         "slurm",
     },
     "barlow/recipes": set(),
+    "barlow/papers": {"barlow.data", "barlow.engine.origin"},
     "barlow/stages": {
         "barlow.engine",
         "barlow.objectives",

@@ -25,6 +25,7 @@ from barlow.config.parts import (
     Weak,
 )
 from barlow.config.pretrain import Pretrain
+from barlow.config.reproduce import Reproduce, Table
 from barlow.config.runs import Run, Training
 
 __all__ = [
@@ -42,12 +43,14 @@ __all__ = [
     "Network",
     "Preflight",
     "Pretrain",
+    "Reproduce",
     "Request",
     "Run",
     "Sgd",
     "Shards",
     "Speed",
     "Strong",
+    "Table",
     "Training",
     "View",
     "Views",

@@ -55,11 +55,12 @@ def head_of(stored: dict[str, Any]) -> Head | None:
     return Head(tuple(head["widths"]), head["dropout"], head["norm_input"]) if head else None
 
 
-def settled(config: Asked) -> Asked:
-    """The same with nothing left open: data, size, network and head are those that will be used."""
+def settled(config: Asked, stored: dict[str, Any] | None = None) -> Asked:
+    """The same with nothing left open: data, size, network and head are those that will be used. `stored`: the config
+    of the run that it starts from, where that is yet to be made."""
     if not config.from_run:
         return _from_nothing(config)
-    where, stored = config.from_run, config_of(config.from_run)
+    where, stored = config.from_run, stored or config_of(config.from_run)
     if "model" not in stored:
         raise UserError(f"--from {where}: that run trained no network: name one that did")
     there = stored["data"]
