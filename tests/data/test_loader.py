@@ -471,6 +471,48 @@ def test_a_rank_bound_to_one_core_decodes_with_one_thread(monkeypatch: pytest.Mo
         assert thread.submit(bound).result() == 1
 
 
+def test_samples_are_found_by_their_ids_in_any_order(raw: Folder) -> None:
+    """In splits that do not stand in the order of ids, and in a shard's own order."""
+    loader = Loader(raw.index, ["val", "unlabeled"], workers=1)
+    ids = np.random.default_rng(4).permutation(np.concatenate([np.arange(64), np.arange(94, 113)]))
+    found = loader.positions_of(ids)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(loader.samples.ids[found], ids)
+    np.testing.assert_array_equal(next(loader.batches([found])).images, raw.images[ids])
+    twice = np.array([110, 3, 110])
+    np.testing.assert_array_equal(loader.samples.ids[loader.positions_of(twice)], twice)
+    assert loader.positions_of(np.empty(0, np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize("foreign", [-1, 64, 93, 113, 1 << 40])
+def test_a_sample_of_another_split_is_refused(raw: Folder, foreign: int) -> None:
+    """Below, between and above those that are there: it has no place."""
+    loader = Loader(raw.index, ["val", "unlabeled"], workers=1)
+    for ids in (np.array([foreign]), np.array([5, foreign, 100])):
+        with pytest.raises(ValueError, match="samples of other splits"):
+            loader.positions_of(ids)
+        with pytest.raises(ValueError, match="samples of other splits"):
+            loader.relabelled(ids, np.zeros_like(ids))
+
+
+def test_some_samples_get_other_labels_and_nothing_else_changes(raw: Folder) -> None:
+    loader = Loader(raw.index, ["val", "unlabeled"], workers=2)
+    before = loader.samples.labels.copy()
+    ids, labels = np.array([100, 7, 0, 112]), np.array([40, 41, 42, -1])
+    other = loader.relabelled(ids, labels)
+    told = dict(zip(ids.tolist(), labels.tolist(), strict=True))
+    for one, expected in ((other, told), (loader, {})):
+        for batch in one.batches(np.split(np.random.default_rng(5).permutation(83), [30, 31])):
+            known = [expected.get(i, int(raw.labels[i])) for i in batch.ids.tolist()]
+            assert batch.labels.tolist() == known
+            assert batch.labels.dtype == torch.int64
+            np.testing.assert_array_equal(batch.images, raw.images[batch.ids.numpy()])
+    np.testing.assert_array_equal(loader.samples.labels, before)
+    again = other.relabelled(np.array([7]), np.array([3]))  # on top of the first answers
+    found = again.samples.labels[again.positions_of(ids)]
+    assert found.tolist() == [40, 3, 42, -1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_pinned_batches(jpeg: Folder) -> None:

@@ -170,6 +170,23 @@ def test_find(tmp_path: Path) -> None:
     assert checkpoint.find(str(tmp_path)).name == "step-000000004.pt"
 
 
+def test_find_a_run_s_best_its_checkpoints_or_one_of_them(tmp_path: Path) -> None:
+    for name in ("checkpoints", "best"):
+        (tmp_path / name).mkdir()
+    saved(tmp_path / "checkpoints", [4, 8])
+    with pytest.raises(UserError, match=f"no good checkpoint in {tmp_path}/best"):
+        checkpoint.find(str(tmp_path / "best"))
+    saved(tmp_path / "best", [6], keep=1)
+    newest, best = tmp_path / "checkpoints" / "step-000000008.pt", tmp_path / "best" / "step-000000006.pt"
+    assert checkpoint.find(str(tmp_path)) == newest
+    assert checkpoint.find(str(tmp_path / "checkpoints")) == newest
+    assert checkpoint.find(str(tmp_path / "best")) == best
+    assert checkpoint.find(str(newest.with_name("step-000000004.pt"))).name == "step-000000004.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])  # damaged: the one before it
+    assert checkpoint.find(str(tmp_path)).name == "step-000000004.pt"
+    assert checkpoint.load(best)["model"]["w"][0] == 6.0
+
+
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, [1])
     (tmp_path / ".step-000000002.pt.4242").write_bytes(b"half")
