@@ -34,9 +34,9 @@ def config_of(where: str) -> dict[str, Any]:
 
 
 def awaited(where: str) -> bool:
-    """Whether the run has saved nothing yet."""
+    """Whether the run has saved nothing there yet."""
     path = Path(where).expanduser().resolve()
-    return not path.is_file() and not any((run_folder(where) / "checkpoints").glob("step-*.pt"))
+    return not path.is_file() and not any(any(folder.glob("step-*.pt")) for folder in (path, path / "checkpoints"))
 
 
 def size_of(stored: dict[str, Any]) -> int:
