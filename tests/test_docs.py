@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+
+from barlow.config import Network, Shards
+from barlow.recipes import FINETUNE
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,8 +30,21 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stands for any run that is named after --from: a classifier's, on data that are elsewhere."""
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    config = replace(FINETUNE["shapes"], model=Network("resnet10t", "small", 0.25), data=Shards(dir="/elsewhere"))
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "step-000000001.pt").touch()
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    return folder
+
+
 @pytest.mark.parametrize(("page", "line"), commands())
-def test_a_command_of_the_docs_is_one_that_works(page: str, line: str, tmp_path: Path) -> None:
+def test_a_command_of_the_docs_is_one_that_works(
+    page: str, line: str, tmp_path: Path, trained: Path, tiny_data: Path
+) -> None:
     words = shlex.split(line)
     while "=" in words[0]:
         words.pop(0)
@@ -42,6 +60,11 @@ def test_a_command_of_the_docs_is_one_that_works(page: str, line: str, tmp_path:
     if words[0] == "launchers/pretrain.py" and "--help" not in words:
         words += ["--dry-run", "--cluster", "local"]  # its flags, its recipe, its site file
         words = ["slurm/sites/default.toml" if word.endswith("my-cluster.toml") else word for word in words]
+    elif "--from" in words:
+        words[words.index("--from") + 1] = str(trained)
+        words += ["--dry-run", "--cluster", "local"]
+    elif words[0] == "launchers/reproduce.py" and "--help" not in words:
+        words += ["--dry-run", "--cluster", "local", "--data.dir", str(tiny_data), "--scale", "0.01"]
     elif words[0] == "launchers/shards.py" and "--verify" not in words:
         source = words[1].split(":")
         if len(source) == 2:  # the page's DIR is not here: a reader of that kind is all that can be asked for
