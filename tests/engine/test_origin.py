@@ -119,6 +119,7 @@ def test_a_linear_classifier_has_one_layer_whatever_the_head_says(bt: Path) -> N
     assert origin.settled(given).head.widths == (9, 9)
 
 
+@pytest.mark.parametrize("kind", [Finetune, FixMatch])
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
@@ -127,11 +128,10 @@ def test_a_linear_classifier_has_one_layer_whatever_the_head_says(bt: Path) -> N
         (Network(width=1.0), "--model.width 1.0: {} has 0.5: leave it out"),
     ],
 )
-def test_a_network_that_contradicts_the_run_is_refused(bt: Path, asked: Network, told: str) -> None:
-    for kind in (Finetune, FixMatch):
-        with pytest.raises(UserError) as error:
-            origin.settled(kind(from_run=str(bt), model=asked))
-        assert told.format(bt) in str(error.value)
+def test_a_network_that_contradicts_the_run_is_refused(bt: Path, kind: Any, asked: Network, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        origin.settled(kind(from_run=str(bt), model=asked))
+    assert told.format(bt) in str(error.value)
 
 
 def test_looking_takes_the_size_and_the_data_and_pictures_need_a_classifier(bt: Path, classifier: Path) -> None:
