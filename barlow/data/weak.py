@@ -21,7 +21,7 @@ from barlow.data.augment import constant
 from barlow.data.draw import ATTEMPTS, below, draw_boxes, happens
 from barlow.data.resample import lines, placed, resampled
 
-CHUNK = 128  # images at a time on a CPU: what is in work stays in its cache
+CHUNK = 64  # images at a time on a CPU: what is in work stays in its cache
 PART = 8  # of the side: the longest shift
 SQUARE = (1.0, 1.0)
 
