@@ -11,7 +11,7 @@ from barlow.config import Request
 from barlow.data.shards import read_index
 from barlow.engine import origin
 from barlow.errors import UserError, one_line_errors
-from barlow.labels.table import labelled, unlabelled
+from barlow.labels import table
 from barlow.recipes import REQUEST
 from start import absolute, found, start
 
@@ -29,9 +29,7 @@ def early(config: Request, ranks: int) -> None:
 
 def late(config: Request, dry_run: bool) -> None:
     if found(config.data, dry_run):
-        index, knobs = read_index(config.data.dir), config.labelled
-        known = labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
-        unlabelled(index, config.pool, known, config.count)
+        table.asked(config, read_index(config.data.dir))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Text and published code disagree. This recipe follows the text where the text ca
   softmax             plain                             temperature .95                   plain
   strong view         RandAugment and CTAugment, then   RandAugment (2, 10), cutout of    each image one of the two,
                       CutOut                            38 px                             CutOut of half the side
+  weak crop           not said how large                75 to 80 % of the area            25 to 100 %
   length              40 passes over the unlabelled     16,000 or 32,000 steps            the text
   label request       k-means with K = classes of the   K = 5 of the fine-tuned           the text; L2-normalised, as
                       pretrained features, farthest     network's; nearest centre by      the code does with the
@@ -104,6 +105,7 @@ code_finetune = replace(
 code_fixmatch = replace(
     fixmatch,
     epochs=28,  # 32,000 steps
+    view=Weak(scale=(0.75, 0.8)),
     temperature=0.95,
     strong=Strong(kind="randaugment", cutout=38 / 96),
     head=replace(fixmatch.head, norm_input=True),

@@ -1,0 +1,147 @@
+"""python benchmarks/few_labels.py [--data cifar10:DIR] [--form full|small] [--seeds 3] [--runs-dir DIR] [--at-once K]
+
+What 40, 250 and 4,000 labels of CIFAR-10 come to: a classifier on a pretrained backbone, and FixMatch from it; and what
+250 more labels are worth, asked for by each rule. Every number is val top-1 of a run that a launcher made; one backbone
+is pretrained, then seeds draw the labels and train. `full` is the recipe cifar10, for a GPU (hours); `small` a narrow
+network and short runs, for two CPU cores (an hour). The same command again goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from barlow.files import read_json
+from measure import ROOT, Row, asked, device, report
+
+RULES = ("kmeans", "k-centre", "random")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Flags of each launcher, over those of its recipe."""
+
+    recipe: str = "cifar10"
+    labels: tuple[int, ...] = (4, 25, 400)  # a class
+    requested: int = 250  # images, besides the middle one of `labels`
+    pretrain: str = ""
+    finetune: str = ""
+    fixmatch: str = ""
+    few: dict[int, str] = field(default_factory=dict)  # of finetune, for so many labels a class
+
+
+FORMS = {
+    "full": Form(few={4: "--batch-size 40", 400: "--batch-size 256 --epochs 50 --evaluate-every 10"}),
+    "small": Form(
+        pretrain="--model.backbone resnet18 --model.stem dense --model.width 0.25 --model.projector 512 512 "
+        "--epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
+        finetune="--epochs 40 --evaluate-every 0 --log-every 20",
+        fixmatch="--epochs 2 --batch-size 32 --data.limit 25000 --ema 0.99 --evaluate-every 1 --log-every 20",
+        few={4: "--batch-size 40 --epochs 60", 400: "--batch-size 250 --epochs 12"},
+    ),
+    "quick": Form(
+        recipe="shapes",
+        labels=(4,),
+        requested=24,
+        pretrain="--epochs 1 --data.limit 256 --batch-size 64 --knn.every-epochs 0 --knn.no-baselines",
+        finetune="--epochs 1 --val-limit 64",
+        fixmatch="--epochs 1 --data.limit 256 --batch-size 12 --val-limit 64",
+        few={4: "--batch-size 48"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    form: Form
+    folder: Path
+    threads: int
+
+    def make(self, launcher: str, name: str, *flags: str) -> dict[str, float]:
+        """The run's results, made now unless it has finished."""
+        command = [sys.executable, str(ROOT / "launchers" / f"{launcher}.py"), self.form.recipe, "--run", name]
+        command += ["--runs-dir", str(self.folder), "--cluster", "local", "--preflight.no-hashes"]
+        words = [word for flag in flags for word in flag.split()]
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "BARLOW_CORES": str(self.threads)}
+        began = time.perf_counter()
+        done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command + words)}\n{done.stdout[-2000:]}{done.stderr}")
+        found = read_json(self.folder / name / "results.json")
+        print(
+            f"{name}: {found.get('val_top1', found.get('knn_top1', 0)):.2f} in {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
+        return found
+
+    def trained(self, name: str, per_class: int, seed: int, *labels: str) -> dict[str, float]:
+        """Val top-1 of a classifier, and of FixMatch from it."""
+        same = [f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}", *labels]
+        few = self.form.few.get(per_class, "")
+        origin = f"--from {self.folder}/pretrain"
+        classifier = self.make("finetune", f"{name}-classifier", origin, self.form.finetune, few, *same)
+        origin = f"--from {self.folder}/{name}-classifier"
+        fixmatch = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, *same)
+        return {"classifier": classifier["val_top1"], "FixMatch": fixmatch["val_top1"]}
+
+    def requested(self, rule: str, per_class: int, seed: int) -> dict[str, float]:
+        """The same with the labels that a rule asks for."""
+        same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class} --pool train --oracle"
+        name, count = f"{rule}-{seed}", self.form.requested
+        self.make("label_request", name, f"--from {self.folder}/pretrain --rule {rule} --count {count}", same)
+        return self.trained(f"{name}-asked", per_class, seed, f"--labels {self.folder}/{name}/request.csv")
+
+
+def rows(form: Form, found: dict[tuple[str, int], list[dict[str, float]]], classes: int) -> Iterator[Row]:
+    """In per cent, mean and range over seeds; and by how much a method is above the plain classifier, or a rule above
+    chance, with the same labels to begin with."""
+    for (rule, per_class), seeds in found.items():
+        for method in ("classifier", "FixMatch"):
+            top1 = [each[method] for each in seeds]
+            control = found.get(("random", per_class), []) if rule else seeds
+            than = [each["classifier" if not rule else method] for each in control]
+            row: Row = {"labels": per_class * classes, "asked_for": form.requested if rule else 0, "by": rule}
+            row |= {"method": method, "top1": round(statistics.mean(top1), 2)}
+            row |= {"least": round(min(top1), 2), "most": round(max(top1), 2), "seeds": len(top1)}
+            gained = [a - b for a, b in zip(top1, than, strict=True)]
+            row |= {"gain": round(statistics.mean(gained), 2), "than": "random" if rule else "classifier"}
+            row |= {"gain_least": round(min(gained), 2), "gain_most": round(max(gained), 2)}
+            yield row
+
+
+def main(options: argparse.Namespace) -> None:
+    form = FORMS["quick" if options.quick else options.form]
+    folder = Path(options.runs_dir).absolute()
+    runs = Runs(form, folder, max(1, len(os.sched_getaffinity(0)) // options.at_once))
+    whole = Runs(form, folder, len(os.sched_getaffinity(0)))
+    source = "shapes" if options.quick else options.data
+    data = f"--data.source {source} --data.dir {folder}/shards"
+    pretrained = whole.make("pretrain", "pretrain", form.pretrain, data)
+    middle = form.labels[len(form.labels) // 2]
+    seeds = range(options.seeds)
+    with ThreadPoolExecutor(options.at_once) as pool:
+        plain = {("", n): [pool.submit(runs.trained, f"{n}-{seed}", n, seed) for seed in seeds] for n in form.labels}
+        asking = {(rule, middle): [pool.submit(runs.requested, rule, middle, s) for s in seeds] for rule in RULES}
+        found = {key: [future.result() for future in futures] for key, futures in (plain | asking).items()}
+    classes = len(read_json(folder / "shards" / "index.json")["classes"])
+    table = list(rows(form, found, classes))
+    for row in table:
+        row |= {"network": options.form, "knn": round(pretrained.get("knn_top1", 0), 2)}
+    report("few_labels", table, options.quick)
+
+
+if __name__ == "__main__":
+    parser = asked(__doc__)
+    parser.add_argument("--data", default="cifar10:data/cifar10", help="as of launchers/shards.py")
+    parser.add_argument("--form", choices=["full", "small"], default="full" if device().type == "cuda" else "small")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--runs-dir", default="runs/few-labels")
+    parser.add_argument("--at-once", type=int, default=1 if device().type == "cuda" else 2)
+    main(parser.parse_args())
