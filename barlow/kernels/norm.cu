@@ -8,7 +8,8 @@
 // the shape alone: so the result has the same bits each time.
 
 const int THREADS = 256;
-const int CHANNELS = 8;  // a block's, in the launches that merge what others have found
+const int MERGING = 512;  // threads of a block in the launches that merge what others have found: it has
+const int CHANNELS = 8;   // so many channels, and the parts are shared out
 
 struct Tiling {
     int64 rows;
@@ -99,11 +100,12 @@ __device__ __forceinline__ void in_a_tree(const Place& at, int across, Take take
 // those of all ranks.
 
 // Each thread takes its first value from all others before it sums them and their squares. What the subtraction of the
-// squared mean then costs is bounded by the number of its rows, for the first value itself adds to the variance.
+// squared mean then costs is bounded by the number of its rows, for the first value itself adds to the variance: which
+// so cannot fall below 0.
 template <typename T, int n>
 __device__ __forceinline__ void moments(const T* x, float* parts, const Tiling& t, float* shared) {
     const Place at = place(t, n, blockIdx.x);
-    float mean[n] = {}, square[n] = {}, first[n] = {};  // of squares, too, only what they add about the mean
+    float mean[n] = {}, square[n] = {}, first[n] = {};
     float count = 0;
     if (at.row < at.end) {
         const T* const own = x + at.row * t.channels + at.channel;
@@ -131,7 +133,6 @@ __device__ __forceinline__ void moments(const T* x, float* parts, const Tiling& 
     for (int c = 0; c < n; ++c) {
         const float along = count > 0 ? mean[c] / count : 0;
         square[c] -= mean[c] * along;
-        if (square[c] < 0) square[c] = 0;
         mean[c] = first[c] + along;
     }
     keep();
@@ -158,11 +159,11 @@ __device__ __forceinline__ void moments(const T* x, float* parts, const Tiling& 
     }
 }
 
-// The sum over the threads of one channel, in all of them; shared: THREADS.
+// The sum over the threads of one channel, in all of them; shared: MERGING.
 __device__ __forceinline__ float strand_sum(float value, float* shared) {
     __syncthreads();  // whoever reads what an earlier call left here has done so
     shared[threadIdx.x] = value;
-    for (int half = THREADS / 2; half >= CHANNELS; half /= 2) {
+    for (int half = MERGING / 2; half >= CHANNELS; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
     }
@@ -172,14 +173,14 @@ __device__ __forceinline__ float strand_sum(float value, float* shared) {
 
 // One of many, be they of blocks or of ranks. Means are summed as they differ from the first, and what they differ by
 // from all of them adds to the variance: no digits are lost where a mean is large.
-extern "C" __global__ void __launch_bounds__(256) norm_merge(const float* parts, int count, int channels, float* out) {
+extern "C" __global__ void __launch_bounds__(512) norm_merge(const float* parts, int count, int channels, float* out) {
     DYNAMIC_SHARED(float, shared);
     const int channel = blockIdx.x * CHANNELS + threadIdx.x % CHANNELS, width = 2 * channels + 1;
     const int64 from = threadIdx.x / CHANNELS, to = channel < channels ? count : 0;
     const float pivot = channel < channels ? parts[channel] : 0;
     float total = 0, along = 0, spread = 0;
 #pragma unroll 4
-    for (int64 i = from; i < to; i += THREADS / CHANNELS) {
+    for (int64 i = from; i < to; i += MERGING / CHANNELS) {
         const float* const part = parts + i * width;
         total += part[2 * channels];
         along += part[2 * channels] * (part[channel] - pivot);
@@ -187,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_merge(const float* parts,
     total = strand_sum(total, shared);
     const float mean = pivot + strand_sum(along, shared) / total;
 #pragma unroll 4
-    for (int64 i = from; i < to; i += THREADS / CHANNELS) {
+    for (int64 i = from; i < to; i += MERGING / CHANNELS) {
         const float* const part = parts + i * width;
         const float away = part[channel] - mean;
         spread += part[2 * channels] * (part[channels + channel] + away * away);
@@ -274,7 +275,10 @@ __device__ __forceinline__ void sums(const From<T, inputs>& from, const Affine<n
     float *const alongs = shared, *const others = shared + n * THREADS;
     const auto keep = [&] {
 #pragma unroll
-        for (int c = 0; c < n; ++c) alongs[c * THREADS + threadIdx.x] = along[c], others[c * THREADS + threadIdx.x] = sum[c];
+        for (int c = 0; c < n; ++c) {
+            alongs[c * THREADS + threadIdx.x] = along[c];
+            others[c * THREADS + threadIdx.x] = sum[c];
+        }
     };
     keep();
     in_a_tree(at, t.across, [&](int other) {
@@ -305,13 +309,13 @@ __device__ __forceinline__ void sums(const void* grad, const void* x, const void
 }
 
 // Sums over parts [count, width].
-extern "C" __global__ void __launch_bounds__(256) norm_total(const float* parts, int count, int width, float* out) {
+extern "C" __global__ void __launch_bounds__(512) norm_total(const float* parts, int count, int width, float* out) {
     DYNAMIC_SHARED(float, shared);
     const int channel = blockIdx.x * CHANNELS + threadIdx.x % CHANNELS;
     const int64 to = channel < width ? count : 0;
     float total = 0;
 #pragma unroll 4
-    for (int64 i = threadIdx.x / CHANNELS; i < to; i += THREADS / CHANNELS) total += parts[i * width + channel];
+    for (int64 i = threadIdx.x / CHANNELS; i < to; i += MERGING / CHANNELS) total += parts[i * width + channel];
     total = strand_sum(total, shared);
     if (threadIdx.x < CHANNELS && channel < width) out[channel] = total;
 }

@@ -21,7 +21,7 @@ from barlow import kernels
 from barlow.kernels import Kernels
 
 DTYPES = (torch.float32, torch.bfloat16)  # of activations; all else is float32 in the kernels
-THREADS, CHANNELS = 256, 8  # as in norm.cu
+THREADS, MERGING, CHANNELS = 256, 512, 8  # as in norm.cu
 ACROSS = 32  # columns of a block, at most: a warp reads 512 bytes of a row
 BLOCKS = 512  # some four on each processor of the largest GPUs
 LEAST, MOST = 8, 128  # rows of a thread: fewer are not worth its start, more would cost digits
@@ -134,7 +134,7 @@ def launch_moments(found: Kernels, x: Tensor) -> Tensor:
 def launch_merge(found: Kernels, parts: Tensor) -> Tensor:
     out, channels = parts.new_empty(parts.shape[1]), parts.shape[1] // 2
     numbers = ctypes.c_int(len(parts)), ctypes.c_int(channels)
-    found.launch("norm_merge", -(-channels // CHANNELS), THREADS, 4 * THREADS, parts, *numbers, out)
+    found.launch("norm_merge", -(-channels // CHANNELS), MERGING, 4 * MERGING, parts, *numbers, out)
     return out
 
 
@@ -157,7 +157,7 @@ def launch_sums(
     found.launch("norm_sums", runs * how.tiles, THREADS, 4 * THREADS * 16, grad, x, address(y), moments, *rest)
     if runs > 1:
         numbers = ctypes.c_int(runs), ctypes.c_int(sums.numel())
-        found.launch("norm_total", -(-sums.numel() // CHANNELS), THREADS, 4 * THREADS, parts, *numbers, sums)
+        found.launch("norm_total", -(-sums.numel() // CHANNELS), MERGING, 4 * MERGING, parts, *numbers, sums)
     return sums, g
 
 

@@ -10,10 +10,11 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from barlow.models.fused_norm import FusedNorm, fused
+from barlow.models.fused_norm import By, FusedNorm, fused, way
 
 Stem = Literal["imagenet", "small", "dense", "cifar"]
 CHANNELS = (64, 128, 256, 512)  # of the four stages
@@ -159,6 +160,18 @@ def fuse(model: nn.Module) -> nn.Module:
                 if isinstance(act, nn.ReLU):
                     setattr(part, after, nn.Identity())
     return model
+
+
+def choose_norms(model: nn.Module, device: torch.device, by: By) -> str:
+    """Fuse the norms of `model` if that is asked for; how they are made then, for the log. Before anything else happens
+    to the model; a UserError if it is asked for what cannot be had."""
+    told = way(device, by)
+    if by != "fused":
+        return told
+    fuse(model)
+    if not any(isinstance(module, FusedNorm) for module in model.modules()):
+        return "batch norms by torch's operations (ours fuse only the ResNets of barlow/models/resnet.py)"
+    return told
 
 
 def times(channels: int, width: float) -> int:

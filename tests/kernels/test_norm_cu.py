@@ -26,7 +26,7 @@ from tests.kernels.emulator import ORDERS
 EPS = 1e-5
 Emulated = Callable[..., Any]
 # One row; one channel; odd numbers; ends that fill no block, no thread's rows, no tile of columns; several of each.
-SHAPES = [(1, 1), (1, 24), (2, 7), (5, 8), (700, 3), (67, 8), (131, 72), (300, 40), (97, 264), (2500, 1), (1100, 16)]
+SHAPES = [(1, 1), (1, 24), (2, 7), (5, 8), (700, 3), (67, 8), (131, 72), (300, 40), (61, 264), (2500, 1), (1100, 16)]
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 both = pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 
@@ -92,7 +92,7 @@ def test_an_outlier_in_a_first_row_costs_few_digits(emulated: Emulated) -> None:
 
 def test_parts_of_ranks_are_merged(emulated: Emulated) -> None:
     """Of different numbers of samples, with means far apart and far from 0."""
-    for count, channels in ((1, 3), (2, 9), (5, 64), (70, 11)):
+    for count, channels in ((1, 3), (2, 9), (5, 64), (300, 11)):
         sizes = [3 + 7 * (i % 4) for i in range(count)]
         x = drawn(sum(sizes), channels, torch.float32, mean=300)
         x[: sizes[0]] += 40
@@ -102,6 +102,25 @@ def test_parts_of_ranks_are_merged(emulated: Emulated) -> None:
         close(found[0], norm_ops.merged(parts.double()), 5e-7)
         wide = torch.stack([norm_ops.moments_of(part) for part in x.double().split(sizes)])
         torch.testing.assert_close(norm_ops.merged(wide), norm_ops.moments_of(x.double()))
+
+
+def test_parts_that_are_all_the_same_stay_as_they_are(emulated: Emulated) -> None:
+    """To the bit, whatever their counts: means are summed by what they differ by."""
+    parts = torch.cat([drawn(1, 40, torch.float32), torch.zeros(1, 40), torch.ones(1, 1)], dim=1).repeat(300, 1)
+    parts[:, -1] = 3 + torch.arange(300) % 11
+    found = launch_merge(emulated("norm"), parts)
+    assert torch.equal(found[:-1], parts[0, :-1])
+    assert found[-1] == parts[:, -1].sum()
+
+
+def test_sums_of_many_blocks_are_added(emulated: Emulated) -> None:
+    for count, width in ((2, 5), (300, 20)):
+        parts, out = drawn(count, width, torch.float32), torch.empty(width)
+        numbers, blocks = (ctypes.c_int(count), ctypes.c_int(width)), -(-width // norm_ops.CHANNELS)
+        for order in ORDERS:
+            shared = 4 * norm_ops.MERGING
+            emulated("norm", order).launch("norm_total", blocks, norm_ops.MERGING, shared, parts, *numbers, out)
+            close(out, parts.double().sum(0), 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- result and gradient

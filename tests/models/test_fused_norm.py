@@ -17,7 +17,7 @@ from barlow.errors import UserError
 from barlow.models import backbone, norm_ops
 from barlow.models.fused_norm import FusedNorm, fused, way
 from barlow.models.norm import GlobalBatchNorm, synchronise
-from barlow.models.resnet import fuse
+from barlow.models.resnet import choose_norms, fuse
 from tests.kernels.emulator import OnCpu
 
 Ranks = Callable[..., list[Any]]
@@ -227,6 +227,21 @@ def test_how_norms_are_made_is_one_line() -> None:
     assert way(CPU, "reference") == "batch norms by torch's operations (as asked)"
     with pytest.raises(UserError, match=r"^--speed.norms fused: there is no kernel here \(not on a GPU\); give auto"):
         way(CPU, "fused")
+
+
+def test_norms_are_fused_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, theirs = small("resnet10t"), timm.create_model("resnet10t", num_classes=0)
+    for by in ("auto", "reference"):
+        assert choose_norms(model, CPU, by).startswith("batch norms by torch's operations")
+    with pytest.raises(UserError, match="no kernel here"):
+        choose_norms(model, CPU, "fused")
+    assert not any(isinstance(module, FusedNorm) for module in model.modules())
+    monkeypatch.setattr(kernels, "why_not", lambda name, device: "")
+    assert choose_norms(model, CPU, "fused") == "batch norms by our CUDA kernel"
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 10
+    assert all(isinstance(module, FusedNorm) for module in norms)
+    assert choose_norms(theirs, CPU, "fused").startswith("batch norms by torch's operations (ours fuse only")
 
 
 # ------------------------------------------------------------------------------------- the operators, and what compiles
