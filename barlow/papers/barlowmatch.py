@@ -131,12 +131,12 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
         raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {index.folder} has no labelled split train")
     there = index.splits["train"].labeled // len(index.classes)  # a class
     per_class = min(max(4, round(there * scale)), there // 2)
-    limit = min(unlabelled, max(512, round(unlabelled * scale)))
+    limit = min(unlabelled, max(256, round(unlabelled * scale)))
     pool = chain.request.pool if known(chain, index) else ("train",)
     left = sum(index.split(name).count for name in pool) - per_class * len(index.classes)
     labelled = replace(chain.finetune.labelled, per_class=per_class)
     few = per_class * len(index.classes)
-    val = max(256, round(index.split("val").count * scale))
+    val = max(128, round(index.split("val").count * scale))
 
     def epochs(count: int) -> int:
         return max(2, round(count * scale))
