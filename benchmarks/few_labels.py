@@ -41,7 +41,7 @@ FORMS = {
     "full": Form(few={4: "--batch-size 40", 400: "--batch-size 256 --epochs 50 --evaluate-every 10"}),
     "small": Form(
         pretrain="--model.backbone resnet18 --model.stem dense --model.width 0.25 --model.projector 512 512 "
-        "--epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
+        "--optim.no-clip --epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
         finetune="--epochs 40 --evaluate-every 0 --log-every 20",
         fixmatch="--epochs 2 --batch-size 32 --data.limit 25000 --ema 0.99 --evaluate-every 1 --log-every 20",
         few={4: "--batch-size 40 --epochs 60", 400: "--batch-size 250 --epochs 12"},
