@@ -18,6 +18,7 @@ from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
+from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
 from barlow.errors import UserError
 from barlow.labels.table import HELD_OUT, Labelled, labelled
@@ -129,9 +130,28 @@ class Judge:
         yield "train_top1", top(learned, self.labels, [1])[0]
         yield from zip(("val_top1", "val_top5"), top(unseen, self.truth, [1, 5]), strict=True)
 
-    def note(self, found: dict[str, float], step: int, best: Checkpoints, state: Callable[[], dict[str, Any]]) -> None:
-        """Keep what is better on val than all before; only rank 0 writes."""
+    def note(
+        self,
+        found: dict[str, float],
+        step: int,
+        best: Checkpoints,
+        state: Callable[[], dict[str, Any]],
+        say: Callable[[str], object],
+    ) -> None:
+        """Keep what is better on val than all before. It is on the disk before the run goes on, for nothing later would
+        make it again: neither a row of metrics.jsonl nor a checkpoint may know of an evaluation that it does not."""
+
+        def keep() -> None:
+            best.save(step, {**state(), "best": self.best})
+            best.finish()
+
         if found["val_top1"] > self.best["val_top1"]:
             self.best = {"step": step, "val_top1": found["val_top1"]}
-            if dist.rank() == 0:
-                best.save(step, state())
+            if dist.rank() == 0:  # only one writes
+                patiently(keep, say)
+
+    def remember(self, best: Checkpoints, data: Sequence[str]) -> None:
+        """What an earlier process of this run has kept, if it learned from the same `data`."""
+        path = best.newest()[0] if dist.rank() == 0 else None
+        kept = load(path) if path else {}
+        self.best = dist.broadcast(kept["best"] if kept.get("data") == list(data) else self.best)

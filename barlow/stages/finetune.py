@@ -68,8 +68,10 @@ def main(run_folder: str) -> None:
     if here.holding:
         checkpoints.tidy()
         (folder / "best").mkdir(exist_ok=True)
+        best.tidy()
     learned_from = fingerprint(index, splits, known)
     stored, skipped = newest(checkpoints, learned_from, config.data.dir)
+    judge.remember(best, learned_from)
     origin = [] if stored else together(lambda: start_from(classifier, config, index))
     eager = speed.why_not(config.speed, device)
     model = distribute(objective, device, compiled=not eager)
@@ -80,7 +82,7 @@ def main(run_folder: str) -> None:
     if stored:
         load_weights(classifier, stored["model"], f"of step {stored['step']}")
         optimizer.load_state_dict(stored["optimizer"])
-        start, judge.best = stored["step"], stored["best"]
+        start = stored["step"]
 
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
     network = f"{config.model.backbone}, {config.model.stem} stem, {config.form} form"
@@ -113,29 +115,26 @@ def main(run_folder: str) -> None:
 
     def state() -> dict[str, Any]:
         weights = {"model": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-        return {**weights, "best": judge.best, "classes": list(index.classes), **about}
+        return {**weights, **about}
 
     def evaluate() -> Iterator[tuple[str, float]]:
         found = dict(judge.accuracies(classifier, dtype, lambda: beats.beat(done, "evaluate", plan.start_seconds)))
-        judge.note(
-            found, done, best, lambda: {"model": classifier.state_dict(), "classes": list(index.classes), **about}
-        )
+        judge.note(found, done, best, lambda: {"model": classifier.state_dict(), **about}, recorder.say)
         yield from found.items()
 
-    about = {"config": asdict(config), "data": learned_from}
+    about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
     positions = order.positions(
         config.seed, len(labelled), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
     given = feed(loader.batches(labelled[places] for places in positions), make, device, start)
     if here.holding:
         checkpoints.prepare({**state(), "optimizer": with_state(optimizer, ["exp_avg", "exp_avg_sq"])})
-    with to_the_end(here, recorder, checkpoints, best):
+    with to_the_end(here, recorder, checkpoints):
         fit(
             step, given, optimizer, rates, plan, start, state, checkpoints, recorder, here.request, evaluate, beats,
         )  # fmt: skip
         beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate())
-        best.wait()
         finish(here, plan, recorder, {**results, **{f"best_{name}": value for name, value in judge.best.items()}})
     dist.shutdown()
 

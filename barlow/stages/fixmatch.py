@@ -74,8 +74,10 @@ def main(run_folder: str) -> None:
     if here.holding:
         checkpoints.tidy()
         (folder / "best").mkdir(exist_ok=True)
+        best.tidy()
     learned_from = fingerprint(index, splits, known)
     stored, skipped = newest(checkpoints, learned_from, config.data.dir)
+    judge.remember(best, learned_from)
     origin = [] if stored else together(lambda: start_from(classifier, config, index))
     if stored:
         load_weights(classifier, stored.get("learning", stored["model"]), f"of step {stored['step']}")
@@ -97,7 +99,7 @@ def main(run_folder: str) -> None:
             load_weights(average.model, stored["model"], f"of step {stored['step']}")
         optimizer.load_state_dict(stored["optimizer"])
         bins.load_state_dict(stored["bins"])
-        start, judge.best = stored["step"], stored["best"]
+        start = stored["step"]
 
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
     network = f"{config.model.backbone}, {config.model.stem} stem, {config.strong.kind}"
@@ -148,24 +150,23 @@ def main(run_folder: str) -> None:
         weights = {"model": judged.state_dict()}
         if average:
             weights["learning"] = classifier.state_dict()
-        return {**weights, "optimizer": optimizer.state_dict(), "bins": bins.state_dict(), "best": judge.best, **about}
+        return {**weights, "optimizer": optimizer.state_dict(), "bins": bins.state_dict(), **about}
 
     def evaluate() -> Iterator[tuple[str, float]]:
         found = dict(judge.accuracies(judged, dtype, lambda: beats.beat(done, "evaluate", plan.start_seconds)))
-        judge.note(found, done, best, lambda: {"model": judged.state_dict(), **about})
+        judge.note(found, done, best, lambda: {"model": judged.state_dict(), **about}, recorder.say)
         yield from found.items()
 
     about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
     given = feed(loader.batches(positions(config, loader, index, judge.positions, start, plan)), make, device, start)
     if here.holding:
         checkpoints.prepare({**state(), "optimizer": with_state(optimizer, ["momentum_buffer"])})
-    with to_the_end(here, recorder, checkpoints, best):
+    with to_the_end(here, recorder, checkpoints):
         fit(
             step, given, optimizer, rates, plan, start, state, checkpoints, recorder, here.request, evaluate, beats,
         )  # fmt: skip
         beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate())
-        best.wait()
         finish(here, plan, recorder, {**results, **{f"best_{name}": value for name, value in judge.best.items()}})
     dist.shutdown()
 
