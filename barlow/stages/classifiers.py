@@ -75,7 +75,7 @@ def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index
     """Lay the weights of the run to start from over it: the backbone's, and FixMatch goes on with its head too."""
     if not config.from_run:
         return ["from nothing: no --from"]
-    origin = dist.broadcast(find(config.from_run) if dist.rank() == 0 else Path())
+    origin = chosen(config.from_run)
     stored = load(origin)
     parts = [("backbone", classifier.backbone)]
     if isinstance(config, FixMatch) and any(name.startswith("head.") for name in stored["model"]):
@@ -85,6 +85,20 @@ def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index
         weights = {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
         load_weights(part, weights, f"{origin} ({name})")
     return [f"{' and '.join(name for name, _ in parts)} of {origin.parent.parent.name}, step {stored['step']}"]
+
+
+def chosen(where: str) -> Path:
+    """The checkpoint that `where` means, as rank 0 sees it: on all ranks, as what is wrong with it is."""
+    path, fault = Path(), ""
+    if dist.rank() == 0:
+        try:
+            path = find(where)
+        except UserError as error:
+            fault = str(error)
+    path, fault = dist.broadcast((path, fault))
+    if fault:
+        raise UserError(fault)
+    return path
 
 
 def check_classes(stored: dict[str, Any], index: Index, where: str) -> None:
