@@ -12,7 +12,7 @@ from barlow.data import order
 from barlow.data.shards import read_index
 from barlow.engine import origin
 from barlow.errors import UserError, one_line_errors
-from barlow.labels.table import labelled
+from barlow.labels.table import learnable
 from barlow.recipes import FINETUNE
 from start import absolute, found, start
 
@@ -31,8 +31,7 @@ def early(config: Finetune, ranks: int) -> None:
 
 def late(config: Finetune, dry_run: bool) -> None:
     if found(config.data, dry_run):
-        index, knobs = read_index(config.data.dir), config.labelled
-        known = labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
+        known = learnable(config, read_index(config.data.dir))
         order.steps_per_epoch(len(known.ids), config.batch_size)
 
 

@@ -12,7 +12,7 @@ from barlow.data import order
 from barlow.data.shards import read_index
 from barlow.engine import origin
 from barlow.errors import UserError, one_line_errors
-from barlow.labels.table import labelled
+from barlow.labels.table import learnable
 from barlow.recipes import FIXMATCH
 from start import absolute, found, start
 
@@ -31,9 +31,9 @@ def early(config: FixMatch, ranks: int) -> None:
 
 def late(config: FixMatch, dry_run: bool) -> None:
     if found(config.data, dry_run):
-        index, knobs = read_index(config.data.dir), config.labelled
-        labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
-        count = sum(index.split(name).count for name in config.data.splits)
+        index = read_index(config.data.dir)
+        learnable(config, index)
+        count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
         order.unlabelled_steps(min(count, config.data.limit or count), config.mu, config.batch_size)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from barlow.config import Request
+from barlow.config import Finetune, FixMatch, Request
 from barlow.data.layout import FIELD, FIELDS, HEADER, SAMPLE
 from barlow.data.shards import Index
 from barlow.errors import UserError
@@ -86,6 +86,20 @@ def unlabelled(
     if 0 < limit < count:
         raise UserError(f"--limit {limit} leaves fewer images than are to be chosen: give --count {limit} or less")
     return ids[draw(ids, np.zeros_like(ids), limit, seed)] if limit else ids
+
+
+def learnable(config: Finetune | FixMatch, index: Index) -> Labelled:
+    """The labels that a classifier learns from. What it is judged on has labels as well, and is not learned from."""
+    if HELD_OUT not in index.splits or not index.split(HELD_OUT).labeled:
+        raise UserError(f"{index.folder} has no split {HELD_OUT} with labels, which classifiers are judged on: add one")
+    splits = {"--labelled.splits": config.labelled.splits}
+    if isinstance(config, FixMatch):
+        splits["--data.splits"] = config.data.splits
+    for flag, names in splits.items():
+        if HELD_OUT in names:
+            raise UserError(f"{flag} {HELD_OUT}: classifiers are judged on it: name splits to learn from")
+    knobs = config.labelled
+    return labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
 
 
 def asked(config: Request, index: Index) -> tuple[Labelled, np.ndarray]:

@@ -21,7 +21,7 @@ from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
 from barlow.errors import UserError
-from barlow.labels.table import HELD_OUT, Labelled, labelled
+from barlow.labels.table import HELD_OUT, Labelled, learnable
 from barlow.models import classifier as classifiers
 from barlow.models.classifier import Classifier
 from barlow.stages.outputs import outputs, top
@@ -31,18 +31,11 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def data_of(config: Finetune | FixMatch) -> tuple[Index, Labelled]:
-    """What there is to learn from; a val without labels is refused, for classifiers are judged on it."""
+    """What there is to learn from."""
 
     def read() -> tuple[Index, Labelled]:
         index = read_index(config.data.dir).normalising(config.data.mean, config.data.std)
-        if not (HELD_OUT in index.splits and index.splits[HELD_OUT].labeled):
-            raise UserError(
-                f"{config.data.dir}: a classifier is judged on a split {HELD_OUT} with labels: there is none"
-            )
-        if HELD_OUT in config.labelled.splits:
-            raise UserError(f"--labelled.splits {HELD_OUT}: classifiers are judged on it: name splits to learn from")
-        knobs = config.labelled
-        return index, labelled(index, knobs.splits, knobs.per_class, knobs.seed, config.labels)
+        return index, learnable(config, index)
 
     return together(read)
 
