@@ -275,13 +275,14 @@ def test_what_the_operators_say_of_their_results_is_so(dtype: torch.dtype) -> No
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_compiled_in_one_piece_it_is_what_it_was() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_in_one_piece_it_is_what_it_was(backend: str) -> None:
     """Forward, backward and running statistics of a block's end, twice; nothing breaks the graph."""
     torch.compiler.reset()
     ends = []
     for compiled in (True, False):
         end = End(8, relu=True).fused()
-        call: Any = torch.compile(end, fullgraph=True, dynamic=False) if compiled else end
+        call: Any = torch.compile(end, backend=backend, fullgraph=True, dynamic=False) if compiled else end
         for step in range(2):
             x, added = (images(4, 8, 2 * step + k, torch.float32).requires_grad_() for k in range(2))
             y = call(x, added)
