@@ -26,7 +26,10 @@ def early(config: Visualize, ranks: int) -> None:
 
 def late(config: Visualize, dry_run: bool) -> None:
     if found(config.data, dry_run):
-        read_index(config.data.dir).split(config.split)
+        split = read_index(config.data.dir).split(config.split)
+        last = split.first_id + split.count - 1
+        if wrong := [i for i in config.ids if not split.first_id <= i <= last]:
+            raise UserError(f"--ids {wrong[0]}: samples of {config.split} are {split.first_id} to {last}")
 
 
 if __name__ == "__main__":

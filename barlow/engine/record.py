@@ -21,6 +21,8 @@ from barlow.engine.board import Board
 from barlow.engine.journal import DurableJournal, Journal
 from barlow.files import write_status, write_whole
 
+SHARES = ("mask", "pseudo_top1")  # of a step, which people watch beside its loss
+
 
 class Recorder:
     """Rank 0 records and prints; every rank has its own log file."""
@@ -115,6 +117,7 @@ class Recorder:
         step, now = row["step"], time.perf_counter()
         told = f"loss {row['loss']:.4g}  lr {row['lr']:.3g}  {row['images_per_sec']:,.0f} images/s"
         told += f"  wait {row['data_wait']:.3f} s"
+        told += "".join(f"  {name} {row[name]:.1f} %" for name in SHARES if name in row)
         found = "".join(f"  {name} {value:.2f}" for name, value in row.items() if evaluated(name))
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, told=f"epoch {row['epoch']:.1f}  {told}")

@@ -11,7 +11,7 @@ from typing import Any
 from barlow import history
 from barlow.config import Table
 from barlow.engine.run import load_config
-from barlow.files import read_json, write_json, write_status, write_whole
+from barlow.files import read_json, read_status, write_json, write_status, write_whole
 
 THEIRS = ("train", "val", "val with the labels asked for")
 
@@ -19,7 +19,8 @@ THEIRS = ("train", "val", "val with the labels asked for")
 def main(run_folder: str) -> None:
     folder = Path(run_folder)
     config = load_config(folder, Table)
-    write_status(folder, state="running", step=0, steps=1, why="")
+    starts = read_status(folder).get("attempts", 0) + 1
+    write_status(folder, state="running", step=0, steps=1, attempts=starts, why="")
     history.note(folder, "start", step=0, ranks=1)
     results = [read_json(folder.parent / run / "results.json") for run in config.runs]
     text = "\n".join([f"{config.title}.", "", *lines(config, results), "", *config.notes]) + "\n"
