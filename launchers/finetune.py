@@ -5,28 +5,19 @@ Trains a classifier on labelled images, on the backbone of a pretrained run: her
 The same command again goes on with it. --help lists every flag."""
 
 import sys
-from dataclasses import replace
 
 from barlow.config import Finetune
 from barlow.data import order
 from barlow.data.shards import read_index
-from barlow.engine import origin
-from barlow.errors import UserError, one_line_errors
+from barlow.errors import one_line_errors
 from barlow.labels.table import learnable
 from barlow.recipes import FINETUNE
-from start import absolute, found, start
-
-
-def settled(config: Finetune) -> Finetune:
-    config = origin.settled(config)
-    data = replace(config.data, dir=absolute(config.data.dir))
-    return replace(config, data=data, labels=tuple(map(absolute, config.labels)))
+from start import found, from_origin, has_saved, start
 
 
 def early(config: Finetune, ranks: int) -> None:
     order.share(config.batch_size, ranks)
-    if config.from_run and origin.awaited(config.from_run):
-        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+    has_saved(config)
 
 
 def late(config: Finetune, dry_run: bool) -> None:
@@ -37,4 +28,4 @@ def late(config: Finetune, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], FINETUNE, "finetune", __doc__ or "", settled, early, late))
+        raise SystemExit(start(sys.argv[1:], FINETUNE, "finetune", __doc__ or "", from_origin, early, late))

@@ -5,28 +5,19 @@ Trains a classifier on few labelled and many unlabelled images, from a classifie
 N nodes of a SLURM cluster. The same command again goes on with it. --help lists every flag."""
 
 import sys
-from dataclasses import replace
 
 from barlow.config import FixMatch
 from barlow.data import order
 from barlow.data.shards import read_index
-from barlow.engine import origin
-from barlow.errors import UserError, one_line_errors
+from barlow.errors import one_line_errors
 from barlow.labels.table import learnable
 from barlow.recipes import FIXMATCH
-from start import absolute, found, start
-
-
-def settled(config: FixMatch) -> FixMatch:
-    config = origin.settled(config)
-    data = replace(config.data, dir=absolute(config.data.dir))
-    return replace(config, data=data, labels=tuple(map(absolute, config.labels)))
+from start import found, from_origin, has_saved, start
 
 
 def early(config: FixMatch, ranks: int) -> None:
     order.share(config.batch_size, ranks)
-    if config.from_run and origin.awaited(config.from_run):
-        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+    has_saved(config)
 
 
 def late(config: FixMatch, dry_run: bool) -> None:
@@ -39,4 +30,4 @@ def late(config: FixMatch, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], FIXMATCH, "fixmatch", __doc__ or "", settled, early, late))
+        raise SystemExit(start(sys.argv[1:], FIXMATCH, "fixmatch", __doc__ or "", from_origin, early, late))

@@ -5,26 +5,17 @@ Chooses the images whose labels would help most, as the network of a run sees th
 the run folder: fill its column `label` in, and give the file to the other launchers as --labels. --help lists all."""
 
 import sys
-from dataclasses import replace
 
 from barlow.config import Request
 from barlow.data.shards import read_index
-from barlow.engine import origin
-from barlow.errors import UserError, one_line_errors
+from barlow.errors import one_line_errors
 from barlow.labels import table
 from barlow.recipes import REQUEST
-from start import absolute, found, start
-
-
-def settled(config: Request) -> Request:
-    config = origin.settled(config)
-    data = replace(config.data, dir=absolute(config.data.dir))
-    return replace(config, data=data, labels=tuple(map(absolute, config.labels)))
+from start import found, from_origin, has_saved, start
 
 
 def early(config: Request, ranks: int) -> None:
-    if origin.awaited(config.from_run):
-        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+    has_saved(config)
 
 
 def late(config: Request, dry_run: bool) -> None:
@@ -34,4 +25,4 @@ def late(config: Request, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], REQUEST, "request", __doc__ or "", settled, early, late))
+        raise SystemExit(start(sys.argv[1:], REQUEST, "request", __doc__ or "", from_origin, early, late))

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from barlow import cli
-from barlow.config import Run, Shards
+from barlow.config import Run, Shards, Visualize
+from barlow.engine import origin
+from barlow.engine.origin import Asked
 from barlow.engine.run import folder_of, prepare, refuse_other_config
+from barlow.errors import UserError
 from slurm.cluster import Cluster, resolve
 from slurm.sweep import Runs
 
@@ -56,6 +59,18 @@ def elsewhere(config: Config, cluster: Cluster) -> Config:
     """The same for ranks that may run on other machines, on what the cluster has."""
     device = "cuda" if config.device == "auto" and resolve(cluster).gpus_per_node else config.device
     return replace(config, device=device)
+
+
+def from_origin(config: Asked) -> Asked:
+    """The same with all taken from the run to start from that is left open, and with paths that hold elsewhere."""
+    config = origin.settled(config)
+    config = replace(config, data=replace(config.data, dir=absolute(config.data.dir)))
+    return config if isinstance(config, Visualize) else replace(config, labels=tuple(map(absolute, config.labels)))
+
+
+def has_saved(config: Asked) -> None:
+    if config.from_run and origin.awaited(config.from_run):
+        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
 
 
 def absolute(path: str) -> str:

@@ -4,24 +4,16 @@ Shows what in an image speaks for a class to the classifier of a run, by Grad-CA
 in the run folder's pictures/. --help lists every flag."""
 
 import sys
-from dataclasses import replace
 
 from barlow.config import Visualize
 from barlow.data.shards import read_index
-from barlow.engine import origin
 from barlow.errors import UserError, one_line_errors
 from barlow.recipes import VISUALIZE
-from start import absolute, found, start
-
-
-def settled(config: Visualize) -> Visualize:
-    config = origin.settled(config)
-    return replace(config, data=replace(config.data, dir=absolute(config.data.dir)))
+from start import found, from_origin, has_saved, start
 
 
 def early(config: Visualize, ranks: int) -> None:
-    if origin.awaited(config.from_run):
-        raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+    has_saved(config)
 
 
 def late(config: Visualize, dry_run: bool) -> None:
@@ -34,4 +26,4 @@ def late(config: Visualize, dry_run: bool) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], VISUALIZE, "visualize", __doc__ or "", settled, early, late))
+        raise SystemExit(start(sys.argv[1:], VISUALIZE, "visualize", __doc__ or "", from_origin, early, late))
