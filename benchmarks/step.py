@@ -16,7 +16,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FunctionType
@@ -31,6 +31,7 @@ from barlow.data.views import pair
 from barlow.engine import speed
 from barlow.errors import UserError
 from barlow.models import backbone as backbones
+from barlow.models.resnet import choose_norms
 from barlow.objectives.barlow_twins import BarlowTwins
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars
@@ -123,6 +124,8 @@ def contestants(setting: Setting, folder: Path, quick: bool) -> dict[str, Callab
         add("+ compile, cuDNN free to choose", no_graphs, around=as_published)
         if fused == "fused":
             add("+ compile, fused LARS", no_graphs, backend=fused)
+        if kernels.load("norm", device()):
+            add("+ compile, fused norms", replace(no_graphs, norms="fused"), backend=fused)
         add("+ CUDA graphs", all_of_it, backend=fused)
     add("+ views, from uint8", all_of_it, backend=fused, from_images=True)
     return found
@@ -153,6 +156,7 @@ def ours(
     around: Callable[[Run], Run] = as_trained,
 ) -> Run:
     objective = network(setting).to(device()).to(memory_format=torch.channels_last)
+    choose_norms(objective.backbone, device(), knobs.norms)
     optimizer = Lars(weights_and_biases(objective), lr=0.1, weight_decay=1e-6, backend=backend)
     forward: Callable[..., Any] = speed.compiled(objective, knobs, device(), folder, print)
     if tuned:

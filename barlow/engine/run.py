@@ -34,6 +34,7 @@ FREE = {
     "speed.compile",
     "speed.graphs",
     "speed.views",
+    "speed.norms",
     "checkpoint.every_steps",
     "checkpoint.every_minutes",
     "checkpoint.keep",

@@ -26,6 +26,7 @@ from barlow.engine.loop import fit
 from barlow.engine.preflight import together
 from barlow.engine.record import Recorder
 from barlow.engine.run import load_config
+from barlow.models.resnet import choose_norms
 from barlow.objectives.supervised import Supervised
 from barlow.optim.groups import head_and_backbone
 from barlow.optim.schedule import half_cosine
@@ -55,6 +56,7 @@ def main(run_folder: str) -> None:
     splits = splits_with(index, known)
     plan = together(lambda: plan_of(config, len(known.ids), config.batch_size, config.evaluate_every))
     classifier = build(config, index, device)
+    norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
     objective = Supervised(classifier)
     told = ready(config, here, index, [*splits, "val"], config.data.stage, objective)
     near = staging.staged(index, [*splits, "val"], config.data.stage)
@@ -89,6 +91,7 @@ def main(run_folder: str) -> None:
     labels = f"{len(known.ids)} labelled images of {len(index.classes)} classes" + in_answers(known.unanswered)
     for line in (*told, *skipped, *origin, labels, in_words(network, objective, plan, device, start, knobs.lr)):
         recorder.say(line)
+    recorder.say(norms)
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
 

@@ -31,6 +31,7 @@ from barlow.engine.preflight import together
 from barlow.engine.record import Recorder
 from barlow.engine.run import load_config
 from barlow.models.ema import Average
+from barlow.models.resnet import choose_norms
 from barlow.objectives.fixmatch import FixMatch as Objective
 from barlow.optim.groups import weights_and_biases_apart
 from barlow.optim.schedule import fixmatch_cosine
@@ -62,6 +63,7 @@ def main(run_folder: str) -> None:
     splits = splits_with(index, known, config.data.splits)
     plan = together(lambda: lengths(config, index))
     classifier = build(config, index, device)
+    norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
     objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature)
     told = ready(config, here, index, [*splits, "val"], config.data.stage, objective)
     near = staging.staged(index, [*splits, "val"], config.data.stage)
@@ -109,6 +111,7 @@ def main(run_folder: str) -> None:
     )
     for line in (*told, *skipped, *origin, labels, in_words(network, objective, plan, device, start, knobs.lr)):
         recorder.say(line)
+    recorder.say(norms)
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
 

@@ -28,6 +28,7 @@ from barlow.engine.preflight import together
 from barlow.engine.record import Recorder
 from barlow.engine.run import load_config
 from barlow.models import backbone as backbones
+from barlow.models.resnet import choose_norms
 from barlow.objectives.barlow_twins import BarlowTwins
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars
@@ -58,6 +59,7 @@ def main(run_folder: str) -> None:
     device, beats = here.device, here.beats
     index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
     objective = build(config, device)
+    norms = together(lambda: choose_norms(objective.backbone, device, config.speed.norms))
     told = ready(config, here, index, config.data.splits, config.data.stage, objective)
     near = staging.staged(index, config.data.splits, config.data.stage)
     pin = device.type == "cuda"
@@ -84,7 +86,7 @@ def main(run_folder: str) -> None:
     network = f"{config.model.backbone}, {config.model.stem} stem"
     for line in (*told, *skipped, in_words(network, objective, plan, device, start, peak_rates(config)[0])):
         recorder.say(line)
-    recorder.say(f"{views.way(device, config.speed.views)}, LARS by {optimizer.backend}")
+    recorder.say(f"{views.way(device, config.speed.views)}, {norms}, LARS by {optimizer.backend}")
     room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     filling = filling_of(config.data.cache, config.watch.start, recorder, beats)
     training = 2 * sum(p.nbytes for p in objective.parameters())  # gradients and momenta
