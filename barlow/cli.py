@@ -164,10 +164,10 @@ def _tyro(command: Any, default: Any, words: list[str], prog: str, description: 
 
 
 def _one_line(box: str, prog: str) -> str:
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    lines = [line for line in lines[1:] if line]  # the first line is the box's title
-    rules = [i for i, line in enumerate(lines) if set(line) <= {"─"}]
-    message = " ".join(lines[: rules[0]] if rules else lines)
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()[1:]]  # the first line is the box's title
+    rule = re.compile("[─-]+")  # of dashes where stdout is not UTF-8
+    lines = list(itertools.dropwhile(rule.fullmatch, filter(None, lines)))
+    message = " ".join(itertools.takewhile(lambda line: not rule.fullmatch(line), lines))
     message = re.sub(r"^Unrecognized options: ([^\s,]+).*", r"unknown flag \1", message)
     message = message[:1].lower() + message[1:].rstrip(".")
     meant = re.search(r"Perhaps you meant:\s*(--[^\s,]+)", " ".join(lines))
