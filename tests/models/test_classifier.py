@@ -59,11 +59,15 @@ def test_frozen_or_not_it_says_the_same_of_whole_images() -> None:
     assert not torch.equal(free(images()), free(images()[:1]).expand(6, 5))
 
 
-def test_a_frozen_one_asked_without_gradient_turns_none_on() -> None:
-    model = built(frozen=True)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_asked_without_gradient_it_turns_none_on(frozen: bool) -> None:
+    model = built(frozen)
     with torch.no_grad():
+        assert not model.backbone(images()).requires_grad
         assert not model(images()).requires_grad
-    assert model(images()).requires_grad
+        model.head = torch.nn.Identity()
+        assert not model(images()).requires_grad
+    assert model(images()).requires_grad == (not frozen)
 
 
 def test_the_network_is_the_one_that_is_named() -> None:
