@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from barlow import dist
+from barlow import dist, stop
 from barlow.config import Finetune, Head
 from barlow.data.loader import Loader
 from barlow.data.shards import read_index
-from barlow.engine.checkpoint import find, load
+from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.files import read_json, write_json
 from barlow.models import classifier as classifiers
 from barlow.stages import finetune
@@ -145,6 +146,27 @@ def counted(stored: dict[str, Any], data: Path) -> float:
     with torch.no_grad():
         answers = model((batch.images.permute(0, 3, 1, 2) / 255 - mean) / std).argmax(1)
     return 100 * float((answers == batch.labels).float().mean())
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_keeps_a_best_that_it_never_reaches_again(
+    runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(runs[0], folder)
+    for file in folder.glob("checkpoints/step-000000032.*"):
+        file.unlink()
+    held = load(find(str(folder / "best")))
+    best = Checkpoints(folder / "best", keep=1)
+    best.save(held["step"], {**held, "best": {"step": held["step"], "val_top1": 100.0}})
+    best.finish()
+    monkeypatch.setattr(stop, "_told", "")
+    monkeypatch.setattr(stop, "_listening", True)
+    finetune.main(str(folder))
+    results = read_json(folder / "results.json")
+    assert (results["steps"], results["best_step"], results["best_val_top1"]) == (32, held["step"], 100.0)
+    assert torch.equal(load(find(str(folder / "best")))["model"]["head.0.weight"], held["model"]["head.0.weight"])
+    assert results["val_top1"] == read_json(runs[0] / "results.json")["val_top1"]
 
 
 def on_ports(main: Callable[[str], None], folder: str, port: int) -> None:
