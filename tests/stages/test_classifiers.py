@@ -14,15 +14,18 @@ from torch import Tensor
 
 from barlow import dist, stop
 from barlow.config import Data, Finetune, FixMatch, Head, Labelled, Model, Network, Pretrain, Shards, Views
+from barlow.data import operations
+from barlow.data.ctaugment import Bins
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
+from barlow.data.weak import normalised
 from barlow.engine import checkpoint, loop
 from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.errors import UserError
 from barlow.files import read_json, write_json
 from barlow.labels import table
 from barlow.objectives.supervised import Supervised
-from barlow.stages import classifiers, finetune, pretrain
+from barlow.stages import classifiers, finetune, fixmatch, pretrain
 from barlow.stages.classifiers import Judge
 from barlow.stages.training import distribute
 
@@ -351,3 +354,26 @@ def test_a_frozen_backbone_keeps_every_weight_and_statistic(
     results = read_json(tmp_path / form / "results.json")
     assert results["steps"] == 6
     assert {"train_top1", "val_top1", "val_top5", "best_step", "best_val_top1"} <= results.keys()
+
+
+def test_ctaugment_s_bins_learn_from_how_the_classifier_answers_and_leave_it_as_it_was(tiny_data: Path) -> None:
+    """Whole, not as it trains: no dropout, no statistics of the batch; and it goes on training."""
+    config = asked(FixMatch, tiny_data, head=Head(widths=(16,), dropout=0.5))
+    index = read_index(tiny_data)
+    model = classifiers.build(config, index, CPU).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    chance = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8, generator=chance)
+    labels, looks = torch.arange(6), torch.arange(40, 46)
+    bins, expected = Bins(CPU), Bins(CPU)
+    fixmatch.teach(bins, model, images, labels, looks, config, index, torch.float32)
+    assert all(part.training for part in model.modules())
+    assert same(before, dict(model.state_dict()), "")
+
+    policy, chosen = expected.probe(config.seed, 0, looks)
+    probed = normalised(operations.apply(images, policy), index.mean, index.std)
+    with torch.no_grad():
+        answers = [model.eval()(one[None]).softmax(1)[0] for one in probed]
+    expected.update(chosen, torch.stack([p[y] for p, y in zip(answers, labels, strict=True)]).double())
+    torch.testing.assert_close(bins.weights, expected.weights, rtol=0, atol=1e-6)
+    assert float(bins.weights.min()) < 0.995
