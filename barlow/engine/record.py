@@ -69,6 +69,7 @@ class Recorder:
         if self.rank > 0 or not rows:
             return
         self._metrics.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._last_row = dict(rows[-1])
         self._board.write(rows)
         self._show(rows[-1])
         self._tell()

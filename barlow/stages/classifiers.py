@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
 from barlow.errors import UserError
+from barlow.files import write_whole
 from barlow.labels.table import HELD_OUT, Labelled, learnable
 from barlow.models import classifier as classifiers
 from barlow.models.classifier import Classifier
@@ -30,14 +32,48 @@ from barlow.stages.training import autocast, hashes
 Encode = Callable[[Tensor], Tensor]
 
 
-def data_of(config: Finetune | FixMatch) -> tuple[Index, Labelled]:
-    """What there is to learn from."""
+def data_of(config: Finetune | FixMatch, folder: Path) -> tuple[Index, Labelled, list[str]]:
+    """What there is to learn from; lines for the log beside it.
 
-    def read() -> tuple[Index, Labelled]:
-        index = read_index(config.data.dir).normalising(config.data.mean, config.data.std)
-        return index, learnable(config, index)
+    Answers are copied into the run's folder at its first start and read there from then on: people may go on to fill
+    them in while the run is put back."""
+    index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
+    copies = [folder / "labels" / f"{number}.csv" for number in range(len(config.labels))]
+    told: list[str] = []
+    if not dist.broadcast(all(copy.exists() for copy in copies)):
+        known = together(lambda: learnable(config, index))
+        if dist.rank() == 0:
+            for copy, answers in zip(copies, config.labels, strict=True):
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(copy, Path(answers).read_bytes())
+    elif copies:
+        known = together(lambda: learnable(replace(config, labels=tuple(map(str, copies))), index))
+        changed = [name for copy, name in zip(copies, config.labels, strict=True) if not same(copy, Path(name))]
+        told = [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
+    else:
+        known = together(lambda: learnable(config, index))
+    return index, known, told
 
-    return together(read)
+
+def same(copy: Path, origin: Path) -> bool:
+    try:
+        return copy.read_bytes() == origin.read_bytes()
+    except OSError:  # it is gone
+        return False
+
+
+def best_of(folder: Path, writes: bool) -> tuple[Checkpoints, list[str]]:
+    """Where a run keeps its best. One that is damaged is put aside: the run itself does not need it."""
+    best = Checkpoints(folder / "best", keep=1)
+    if writes:
+        best.folder.mkdir(exist_ok=True)
+        try:
+            best.tidy()
+        except RuntimeError as damage:
+            for file in best.folder.glob("step-*"):
+                file.rename(file.with_name(f"damaged-{file.name}"))
+            return best, [f"warning: {damage}; put aside: the best from here on is kept"]
+    return best, []
 
 
 def splits_with(index: Index, known: Labelled, besides: Sequence[str] = ()) -> list[str]:
@@ -68,7 +104,7 @@ def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index
     """Lay the weights of the run to start from over it: the backbone's, and FixMatch goes on with its head too."""
     if not config.from_run:
         return ["from nothing: no --from"]
-    origin = chosen(config.from_run)
+    origin = checkpoint_of(config.from_run)
     stored = load(origin)
     parts = [("backbone", classifier.backbone)]
     if isinstance(config, FixMatch) and any(name.startswith("head.") for name in stored["model"]):
@@ -80,7 +116,7 @@ def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index
     return [f"{' and '.join(name for name, _ in parts)} of {origin.parent.parent.name}, step {stored['step']}"]
 
 
-def chosen(where: str) -> Path:
+def checkpoint_of(where: str) -> Path:
     """The checkpoint that `where` means, as rank 0 sees it: on all ranks, as what is wrong with it is."""
     path, fault = Path(), ""
     if dist.rank() == 0:
@@ -156,6 +192,7 @@ class Judge:
             self.best = {"step": step, "val_top1": found["val_top1"]}
             if dist.rank() == 0:  # only one writes
                 patiently(keep, say)
+            dist.barrier()  # the others wait here, where they may take their time
 
     def remember(self, best: Checkpoints, data: Sequence[str]) -> None:
         """What an earlier process of this run has kept, if it learned from the same `data`."""

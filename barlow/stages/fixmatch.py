@@ -35,7 +35,7 @@ from barlow.models.resnet import choose_norms
 from barlow.objectives.fixmatch import FixMatch as Objective
 from barlow.optim.groups import weights_and_biases_apart
 from barlow.optim.schedule import fixmatch_cosine
-from barlow.stages.classifiers import Judge, build, data_of, fingerprint, splits_with, start_from
+from barlow.stages.classifiers import Judge, best_of, build, data_of, fingerprint, splits_with, start_from
 from barlow.stages.training import (
     autocast,
     begin,
@@ -59,24 +59,22 @@ def main(run_folder: str) -> None:
     config = load_config(folder, FixMatch)
     here = enter(folder, config)
     device, beats = here.device, here.beats
-    index, known = data_of(config)
+    index, known, changed = data_of(config, folder)
     splits = splits_with(index, known, config.data.splits)
     plan = together(lambda: lengths(config, index))
     classifier = build(config, index, device)
     norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
     objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature)
-    told = ready(config, here, index, [*splits, "val"], config.data.stage, objective)
+    told = ready(config, here, index, [*splits, "val"], config.data.stage, objective, copies=3 + bool(config.ema))
     near = staging.staged(index, [*splits, "val"], config.data.stage)
     loader = together(lambda: Loader(near, splits, workers=config.data.workers, pin=device.type == "cuda"))
     loader = loader.relabelled(known.ids, known.labels)
-    judge = Judge(config, near, loader, known, device)
+    judge = together(lambda: Judge(config, near, loader, known, device))
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
-    best = Checkpoints(folder / "best", keep=1)
     if here.holding:
         checkpoints.tidy()
-        (folder / "best").mkdir(exist_ok=True)
-        best.tidy()
+    best, damage = best_of(folder, writes=bool(here.holding))
     learned_from = fingerprint(index, splits, known)
     stored, skipped = newest(checkpoints, learned_from, config.data.dir)
     judge.remember(best, learned_from)
@@ -109,7 +107,15 @@ def main(run_folder: str) -> None:
     labels = (
         f"{len(known.ids)} labelled images of {len(index.classes)} classes; a step takes {n} of them and {m} others"
     )
-    for line in (*told, *skipped, *origin, labels, in_words(network, objective, plan, device, start, knobs.lr)):
+    for line in (
+        *told,
+        *changed,
+        *skipped,
+        *damage,
+        *origin,
+        labels,
+        in_words(network, objective, plan, device, start, knobs.lr),
+    ):
         recorder.say(line)
     recorder.say(norms)
     if dist.rank() == 0:
@@ -170,6 +176,7 @@ def main(run_folder: str) -> None:
         )  # fmt: skip
         beats.beat(plan.steps, "evaluate", plan.start_seconds)
         results = dict(evaluate())
+        recorder.amend(results)
         finish(here, plan, recorder, {**results, **{f"best_{name}": value for name, value in judge.best.items()}})
     dist.shutdown()
 

@@ -23,7 +23,7 @@ from barlow.data import staging
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine import origin
-from barlow.engine.checkpoint import find, load, load_weights
+from barlow.engine.checkpoint import load, load_weights
 from barlow.engine.journal import Journal
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import preflight, together
@@ -32,7 +32,7 @@ from barlow.engine.run import load_config
 from barlow.files import write_json, write_status
 from barlow.labels import rules, table
 from barlow.models import backbone as backbones
-from barlow.stages.classifiers import splits_with
+from barlow.stages.classifiers import checkpoint_of, splits_with
 from barlow.stages.outputs import outputs
 from barlow.stages.training import Here, begin, enter
 
@@ -70,7 +70,7 @@ def main(run_folder: str) -> None:
 
 def see(config: Request, here: Here, index: Index, known: table.Labelled, pool: np.ndarray, say: Say) -> Tensor | None:
     """Features of what is known and of the pool, on the first rank."""
-    checkpoint = dist.broadcast(together(lambda: find(config.from_run)))  # the same for all, though that run go on
+    checkpoint = together(lambda: checkpoint_of(config.from_run))  # the same for all, though that run go on
     backbone, size = together(lambda: backbone_of(config.from_run, checkpoint))
     backbone = backbone.to(here.device).to(memory_format=torch.channels_last)  # the faster layout, on CPUs too
     ids = np.concatenate((known.ids, pool))

@@ -69,11 +69,21 @@ def choose_device(asked: str) -> torch.device:
     return torch.device("cuda", dist.local_rank())
 
 
-def ready(config: Training, here: Here, index: Index, splits: Sequence[str], stage: str, model: nn.Module) -> list[str]:
-    """See that every node is fit, and has its data; lines for the log. A node that is not is a BadNode on all ranks."""
+def ready(
+    config: Training,
+    here: Here,
+    index: Index,
+    splits: Sequence[str],
+    stage: str,
+    model: nn.Module,
+    copies: int = 2,
+) -> list[str]:
+    """See that every node is fit, and has its data; lines for the log. A node that is not is a BadNode on all ranks.
+
+    `copies`: how often what a checkpoint holds is as large as the weights; the optimizer's state counts."""
     weights = sum(p.nbytes for p in model.parameters())
-    memory = 2 * weights if dist.rank() == 0 else 0  # a checkpoint's copy, momentum included
-    disk = 2 * weights * (config.checkpoint.keep + 1)
+    memory = copies * weights if dist.rank() == 0 else 0  # what is saved is copied first
+    disk = copies * weights * (config.checkpoint.keep + 1)
     work = staging.ready(index, splits, stage, config.preflight.hashes)
     return preflight(
         config.preflight,
@@ -142,7 +152,7 @@ def newest(checkpoints: Checkpoints, data: Sequence[str], where: str) -> tuple[d
     except UserError as error:  # it was whole a moment ago: where this rank reads it otherwise, nobody asked wrongly
         raise RuntimeError(str(error)) from error
     if stored["data"] != list(data):
-        raise UserError(f"the shards in {where} are not those this run began with: choose another --run")
+        raise UserError(f"the data in {where}, or labels, are not those this run began with: choose another --run")
     return stored, [*told, f"going on from {path.name}"]
 
 

@@ -30,6 +30,7 @@ from barlow.stages.classifiers import Judge
 from barlow.stages.training import distribute
 
 Ranks = Callable[..., list[Any]]
+NOWHERE = Path("/nowhere")  # answers would be kept there
 CPU = torch.device("cpu")
 NETWORK = Network("resnet10t", "small", 0.125)
 
@@ -74,7 +75,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_there_is_to_learn_from(tiny_data: Path, tmp_path: Path) -> None:
     config = asked(Finetune, tiny_data)
     config = replace(config, data=replace(config.data, mean=(0.1, 0.2, 0.3)))
-    index, known = classifiers.data_of(config)
+    index, known, _ = classifiers.data_of(config, NOWHERE)
     assert index.mean == (0.1, 0.2, 0.3)
     assert index.std == read_index(tiny_data).std
     expected = table.labelled(index, ["train"], 2, 0)
@@ -96,7 +97,7 @@ def without_labels_in_val(data: Path, folder: Path) -> Path:
 def test_what_a_classifier_is_judged_on_has_labels_and_is_not_learned_from(tiny_data: Path, tmp_path: Path) -> None:
     def told(config: Finetune | FixMatch) -> str:
         with pytest.raises(UserError) as error:
-            classifiers.data_of(config)
+            classifiers.data_of(config, NOWHERE)
         return str(error.value)
 
     on_val = Labelled(splits=("train", "val"))
@@ -113,7 +114,7 @@ def test_what_a_classifier_is_judged_on_has_labels_and_is_not_learned_from(tiny_
 
 
 def test_the_splits_that_are_read_and_what_tells_them_from_others(tiny_data: Path) -> None:
-    index, known = classifiers.data_of(asked(Finetune, tiny_data))
+    index, known, _ = classifiers.data_of(asked(Finetune, tiny_data), NOWHERE)
     assert classifiers.splits_with(index, known) == ["train"]
     names = sorted(("train", "unlabeled"), key=lambda name: index.split(name).first_id)
     assert classifiers.splits_with(index, known, ["unlabeled"]) == names
@@ -179,7 +180,7 @@ def test_a_backbone_is_taken_over_and_fixmatch_goes_on_with_a_head(bt: Path, tin
 def judged(data: str, bt: str) -> dict[str, float]:
     """The accuracies of a classifier, in training, as ranks compute them."""
     config = asked(Finetune, Path(data), from_run=bt)
-    index, known = classifiers.data_of(config)
+    index, known, _ = classifiers.data_of(config, NOWHERE)
     model = classifiers.build(config, index, CPU)
     classifiers.start_from(model, config, index)
     loader = Loader(index, ["train"], workers=1).relabelled(known.ids, known.labels)
@@ -193,7 +194,7 @@ def judged(data: str, bt: str) -> dict[str, float]:
 
 def by_hand(data: Path, bt: Path) -> dict[str, float]:
     """The same, an image at a time: on the labelled ones alone, and on all of val."""
-    index, known = classifiers.data_of(asked(Finetune, data))
+    index, known, _ = classifiers.data_of(asked(Finetune, data), NOWHERE)
     weights, _ = state_of(asked(Finetune, data, from_run=str(bt)), index)
     model = classifiers.build(asked(Finetune, data), index, CPU).eval()
     model.load_state_dict(weights)
@@ -234,7 +235,7 @@ def kept(data: str, bt: str) -> list[str]:
 
 def refused(where: str) -> str:
     try:
-        classifiers.chosen(where)
+        classifiers.checkpoint_of(where)
     except UserError as error:
         return str(error)
     return ""
@@ -273,7 +274,7 @@ def test_what_rank_0_cannot_find_every_rank_refuses(ranks: list[Any]) -> None:
 
 @pytest.fixture
 def judge(tiny_data: Path) -> Judge:
-    index, known = classifiers.data_of(asked(Finetune, tiny_data))
+    index, known, _ = classifiers.data_of(asked(Finetune, tiny_data), NOWHERE)
     return Judge(asked(Finetune, tiny_data), index, Loader(index, ["train"], workers=1), known, CPU)
 
 
@@ -377,3 +378,38 @@ def test_ctaugment_s_bins_learn_from_how_the_classifier_answers_and_leave_it_as_
     expected.update(chosen, torch.stack([p[y] for p, y in zip(answers, labels, strict=True)]).double())
     torch.testing.assert_close(bins.weights, expected.weights, rtol=0, atol=1e-6)
     assert float(bins.weights.min()) < 0.995
+
+
+def test_a_run_goes_on_with_the_answers_that_it_began_with(tmp_path: Path, tiny_data: Path) -> None:
+    answers = tmp_path / "answered.csv"
+    index = read_index(tiny_data)
+    pool = index.split("unlabeled")
+    names = pool.names.read_text().splitlines()
+    lines = [f"{pool.first_id + i},{names[i]},{index.classes[0]}" for i in range(4)]
+    answers.write_text("\n".join(["id,name,label", *lines]) + "\n")
+    config = replace(asked(Finetune, tiny_data), labels=(str(answers),))
+    _, first, told = classifiers.data_of(config, tmp_path / "run")
+    assert told == []
+    answers.write_text("\n".join(["id,name,label", *lines[:2]]) + "\n")
+    _, again, told = classifiers.data_of(config, tmp_path / "run")
+    assert np.array_equal(first.ids, again.ids)
+    assert told == [f"{answers} is not what it was when this run began, which goes on with what it was"]
+    answers.unlink()
+    _, gone, told = classifiers.data_of(config, tmp_path / "run")
+    assert np.array_equal(first.ids, gone.ids)
+    assert len(told) == 1
+
+
+def test_a_damaged_best_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    kept = Checkpoints(tmp_path / "best", keep=1)
+    kept.save(3, {"model": {"w": torch.ones(3)}, "best": {"step": 3, "val_top1": 50.0}})
+    kept.finish()
+    file = tmp_path / "best" / "step-000000003.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    best, told = classifiers.best_of(tmp_path, writes=True)
+    assert len(told) == 1
+    assert "put aside" in told[0]
+    assert best.newest() == (None, [])
+    assert (tmp_path / "best" / f"damaged-{file.name}").exists()
+    assert classifiers.best_of(tmp_path, writes=True)[1] == []
