@@ -410,6 +410,6 @@ def test_a_damaged_best_is_put_aside(tmp_path: Path) -> None:
     best, told = classifiers.best_of(tmp_path, writes=True)
     assert len(told) == 1
     assert "put aside" in told[0]
-    assert best.newest() == (None, [])
+    assert best.newest()[0] is None
     assert (tmp_path / "best" / f"damaged-{file.name}").exists()
     assert classifiers.best_of(tmp_path, writes=True)[1] == []
