@@ -69,7 +69,9 @@ def from_origin(config: Asked) -> Asked:
 
 
 def has_saved(config: Asked) -> None:
-    if config.from_run and origin.awaited(config.from_run):
+    """What is started from must be there, until the run has a checkpoint of its own."""
+    own = any((folder_of(config) / "checkpoints").glob("*.pt"))
+    if config.from_run and origin.awaited(config.from_run) and not own:
         raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
 
 

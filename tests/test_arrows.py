@@ -24,7 +24,7 @@ MAY = {
         "slurm",
     },
     "barlow/recipes": set(),
-    "barlow/papers": {"barlow.data", "barlow.engine.origin"},
+    "barlow/papers": {"barlow.data", "barlow.engine.origin", "barlow.labels"},
     "barlow/stages": {
         "barlow.engine",
         "barlow.objectives",

@@ -9,7 +9,7 @@ from barlow.config.checks import above_0, refuse
 from barlow.config.finetune import Finetune
 from barlow.config.fixmatch import FixMatch
 from barlow.config.looking import Request, Visualize
-from barlow.config.parts import Data
+from barlow.config.parts import Data, Labelled
 from barlow.config.pretrain import Pretrain
 from barlow.config.runs import Run
 
@@ -28,8 +28,10 @@ class Reproduce:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: Data = field(default_factory=Data)
     """Of all stages; mean and std as well."""
+    labelled: Labelled = field(default_factory=Labelled)
+    """Of all stages."""
     answered: tuple[str, ...] = ()
-    """The requests, answered by people: CSV files. None: the labels that the shards have, if they have them."""
+    """The request, answered by people: CSV files. None: the labels that the shards have, if they have them."""
     rules: tuple[Literal["kmeans", "k-centre", "random"], ...] = ("kmeans",)
     """How images are chosen for the request: once, and trained with, for each of these."""
     pretrain: Pretrain = field(default_factory=Pretrain)
@@ -47,6 +49,7 @@ class Reproduce:
                 ("run", plain, "a plain name, without commas; --runs-dir says where its folders go"),
                 ("scale", self.scale <= 1, "1 or less"),
                 ("rules", len(set(self.rules)) == len(self.rules) > 0, "one rule or more, each once"),
+                ("rules", len(self.rules) == 1 or not self.answered, "one: --answered is to the request of one rule"),
             ],
         )
 

@@ -53,13 +53,16 @@ def folder_of(config: Any) -> Path:
     return Path(config.runs_dir).expanduser().resolve() / config.run
 
 
-def refuse_other_config(config: Any) -> None:
+def refuse_other_config(config: Any, waits: bool = False) -> None:
     """A second run of the same name goes on with the first; with another config it is refused, the difference named.
 
-    A run that never began has nothing to lose. A knob that is newer than the run counts with its default."""
+    A run that never began has nothing to lose, unless it `waits` to. A knob that is newer than the run counts with its
+    default."""
     folder = folder_of(config)
+    if (folder / "chain.json").exists():
+        raise UserError(f"run {config.run!r} is a chain of runs: choose another --run")
     stored = read_json(folder / "config.json")
-    if stored and (read_status(folder).get("attempts", 0) or any((folder / "checkpoints").glob("*.pt"))):
+    if stored and (waits or read_status(folder).get("attempts", 0) or any((folder / "checkpoints").glob("*.pt"))):
         defaults = dict(leaves(dataclasses.asdict(type(config)())))
         compare(defaults | dict(leaves(stored)), dict(leaves(dataclasses.asdict(config))), config.run)
 

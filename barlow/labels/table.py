@@ -104,6 +104,8 @@ def learnable(config: Finetune | FixMatch, index: Index) -> Labelled:
 
 def asked(config: Request, index: Index) -> tuple[Labelled, np.ndarray]:
     """What a request knows, and the ids of the pool that it chooses from; one that cannot be made is refused."""
+    if HELD_OUT in config.labelled.splits:
+        raise UserError(f"--labelled.splits {HELD_OUT}: classifiers are judged on it: name splits to learn from")
     known = labelled(index, config.labelled.splits, config.labelled.per_class, config.labelled.seed, config.labels)
     pool = unlabelled(index, config.pool, known, config.count, config.limit, config.seed)
     unknown = int((truth(index, config.pool, pool) < 0).sum())

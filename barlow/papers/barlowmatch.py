@@ -5,15 +5,17 @@ both again; pictures of what FixMatch's classifier looks at; the paper's table."
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from barlow.config import Data, Reproduce, Run, Table
+from barlow.data import order
 from barlow.data.shards import Index
 from barlow.engine.origin import settled
 from barlow.errors import UserError
+from barlow.labels import table as labels
 
 ROWS = ("Barlow Twins + classifier", "Barlow Twins + classifier + FixMatch")
 PAPER = (97.89, 32.80, 35.22, 99.23, 33.70, 36.69)
@@ -47,21 +49,21 @@ def parts(chain: Reproduce, index: Index) -> list[Part]:
         request = settled(replace(request, from_run=place(chain, "pretrain")), asdict(pretrain.config))
         found.append(Part(name, "request", request, ("pretrain",)))
         if request.oracle or chain.answered:
-            labels = chain.answered or (f"{place(chain, name)}/request.csv",)
-            found += classifiers(chain, pretrain, f"-{rule}", labels)
+            answers = chain.answered or (f"{place(chain, name)}/request.csv",)
+            found += classifiers(chain, pretrain, f"-{rule}", answers)
     fixmatch = next(part.config for part in found if part.name == "fixmatch")
     pictures = replace(of_chain(chain, "pictures", chain.visualize), from_run=place(chain, "fixmatch"))
     found.append(Part("pictures", "visualize", settled(pictures, asdict(fixmatch)), ("fixmatch",), alone=True))
     return [*found, table(chain, index, found)]
 
 
-def classifiers(chain: Reproduce, pretrain: Part, label: str, labels: tuple[str, ...]) -> Iterator[Part]:
+def classifiers(chain: Reproduce, pretrain: Part, label: str, answers: tuple[str, ...]) -> Iterator[Part]:
     """A classifier, and FixMatch from it, with these labels besides those of the shards."""
     request = (f"request{label}",) if label else ()
-    first = replace(of_chain(chain, f"finetune{label}", chain.finetune), labels=labels)
+    first = replace(of_chain(chain, f"finetune{label}", chain.finetune), labels=answers)
     first = settled(replace(first, from_run=place(chain, "pretrain")), asdict(pretrain.config))
     yield Part(f"finetune{label}", "finetune", first, ("pretrain", *request))
-    second = replace(of_chain(chain, f"fixmatch{label}", chain.fixmatch), labels=labels)
+    second = replace(of_chain(chain, f"fixmatch{label}", chain.fixmatch), labels=answers)
     second = settled(replace(second, from_run=place(chain, f"finetune{label}")), asdict(first))
     yield Part(f"fixmatch{label}", "fixmatch", second, (f"finetune{label}",))
 
@@ -104,6 +106,26 @@ def known(chain: Reproduce, index: Index) -> bool:
     return all(index.split(name).labeled == index.split(name).count for name in chain.request.pool)
 
 
+def check(part: Part, index: Index, awaited: Collection[str]) -> None:
+    """Refuse what its stage would refuse, before anything starts: in a chain that may be days later. `awaited`: files
+    with labels that another run of the chain is yet to write."""
+    config = part.config
+    if part.stage in ("finetune", "fixmatch", "request"):
+        config = replace(config, labels=tuple(path for path in config.labels if path not in awaited))
+    if part.stage in ("pretrain", "fixmatch"):
+        count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
+        count = min(count, config.data.limit or count)
+    if part.stage == "pretrain":
+        order.steps_per_epoch(count, config.batch_size)
+    elif part.stage == "finetune":
+        order.steps_per_epoch(len(labels.learnable(config, index).ids), config.batch_size)
+    elif part.stage == "fixmatch":
+        labels.learnable(config, index)
+        order.unlabelled_steps(count, config.mu, config.batch_size)
+    elif part.stage == "request":
+        labels.asked(config, index)
+
+
 def place(chain: Reproduce, part: str) -> str:
     return str(Path(chain.runs_dir).expanduser().resolve() / f"{chain.run},{part}")
 
@@ -116,6 +138,8 @@ def of_chain(chain: Reproduce, name: str, config: Config) -> Config:
         shared |= {key: getattr(chain.data, key) for key in ("splits", "cache", "limit")}
     data = replace(own.data, **shared)
     run = {"run": f"{chain.run},{name}", "runs_dir": chain.runs_dir, "seed": chain.seed, "device": chain.device}
+    if hasattr(own, "labelled"):
+        run["labelled"] = chain.labelled
     changed: Config = replace(own, data=data, **run)
     return changed
 
@@ -130,11 +154,12 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
     if "train" not in index.splits or not index.splits["train"].labeled:
         raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {index.folder} has no labelled split train")
     there = index.splits["train"].labeled // len(index.classes)  # a class
+    if there < 2:
+        raise UserError(f"--scale {scale:g}: a rehearsal takes two labels a class or more, {index.folder} has {there}")
     per_class = min(max(4, round(there * scale)), there // 2)
     limit = min(unlabelled, max(256, round(unlabelled * scale)))
     pool = chain.request.pool if known(chain, index) else ("train",)
     left = sum(index.split(name).count for name in pool) - per_class * len(index.classes)
-    labelled = replace(chain.finetune.labelled, per_class=per_class)
     few = per_class * len(index.classes)
     val = max(128, round(index.split("val").count * scale))
 
@@ -162,7 +187,6 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
         chain.finetune,
         epochs=epochs(chain.finetune.epochs),
         batch_size=min(chain.finetune.batch_size, few),
-        labelled=labelled,
         head=head,
         evaluate_every=0,
         val_limit=val,
@@ -171,21 +195,20 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
         chain.fixmatch,
         epochs=epochs(chain.fixmatch.epochs),
         batch_size=min(width(chain.fixmatch.batch_size, 8), limit // chain.fixmatch.mu),
-        labelled=labelled,
         head=head,
         evaluate_every=0,
         val_limit=val,
     )
     request = replace(
         chain.request,
-        count=min(max(2 * len(index.classes), round(chain.request.count * scale)), left // 2),
+        count=min(max(2 * len(index.classes), round(chain.request.count * scale)), left // 2, limit),
         pool=pool,
         limit=limit,
-        labelled=labelled,
     )
     return replace(
         chain,
         data=replace(chain.data, limit=limit),
+        labelled=replace(chain.labelled, per_class=per_class),
         pretrain=pretrain,
         finetune=finetune,
         fixmatch=fixmatch,

@@ -2,7 +2,7 @@
 
 512,000 unlabelled, 25,600 labelled and 25,600 validation images of 96 px in 800 classes; 12,800 more labels are asked
 for. The paper's top-1 on validation: classifier 32.80 %, with FixMatch 33.70 %; with the labels asked for 35.22 % and
-36.69 %. What it takes has not been measured. Also: launchers/pretrain.py barlowmatch, launchers/finetune.py ...
+36.69 %. What it takes has not been measured. Its stages alone: launchers/pretrain.py barlowmatch, and so on.
 
 Text and published code disagree. This recipe follows the text where the text can work; `barlowmatch-code` the code.
 

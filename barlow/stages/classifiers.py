@@ -18,7 +18,7 @@ from barlow.config import Finetune, FixMatch
 from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
-from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
+from barlow.engine.checkpoint import Checkpoints, load, load_weights
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
 from barlow.errors import UserError
@@ -27,7 +27,7 @@ from barlow.labels.table import HELD_OUT, Labelled, learnable
 from barlow.models import classifier as classifiers
 from barlow.models.classifier import Classifier
 from barlow.stages.outputs import outputs, top
-from barlow.stages.training import autocast, hashes
+from barlow.stages.training import autocast, checkpoint_of, hashes
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -114,20 +114,6 @@ def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index
         weights = {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
         load_weights(part, weights, f"{origin} ({name})")
     return [f"{' and '.join(name for name, _ in parts)} of {origin.parent.parent.name}, step {stored['step']}"]
-
-
-def checkpoint_of(where: str) -> Path:
-    """The checkpoint that `where` means, as rank 0 sees it: on all ranks, as what is wrong with it is."""
-    path, fault = Path(), ""
-    if dist.rank() == 0:
-        try:
-            path = find(where)
-        except UserError as error:
-            fault = str(error)
-    path, fault = dist.broadcast((path, fault))
-    if fault:
-        raise UserError(fault)
-    return path
 
 
 def check_classes(stored: dict[str, Any], index: Index, where: str) -> None:

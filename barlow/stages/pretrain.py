@@ -22,7 +22,7 @@ from barlow.data.feed import feed
 from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine import memory, speed
-from barlow.engine.checkpoint import Checkpoints, find, load, load_weights
+from barlow.engine.checkpoint import Checkpoints, load, load_weights
 from barlow.engine.loop import fit
 from barlow.engine.preflight import together
 from barlow.engine.record import Recorder
@@ -37,6 +37,7 @@ from barlow.stages import knn
 from barlow.stages.training import (
     autocast,
     begin,
+    checkpoint_of,
     distribute,
     dtype_of,
     enter,
@@ -169,7 +170,7 @@ def restore(
     stored, told = newest(checkpoints, hashes(index, config.data.splits), config.data.dir)
     if stored is None:
         if config.model.init:
-            origin = dist.broadcast(find(config.model.init) if dist.rank() == 0 else Path())
+            origin = checkpoint_of(config.model.init)
             load_weights(objective, load(origin)["model"], str(origin))
         return 0, told
     load_weights(objective, stored["model"], f"of step {stored['step']}")

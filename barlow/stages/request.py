@@ -32,9 +32,9 @@ from barlow.engine.run import load_config
 from barlow.files import write_json, write_status
 from barlow.labels import rules, table
 from barlow.models import backbone as backbones
-from barlow.stages.classifiers import checkpoint_of, splits_with
+from barlow.stages.classifiers import splits_with
 from barlow.stages.outputs import outputs
-from barlow.stages.training import Here, begin, enter
+from barlow.stages.training import Here, begin, checkpoint_of, enter
 
 BATCH = 256
 """Images a rank sees at once. Always full ones: a last bit of a feature may depend on how many there are."""

@@ -25,7 +25,7 @@ def main(run_folder: str) -> None:
     results = [read_json(folder.parent / run / "results.json") for run in config.runs]
     text = "\n".join([f"{config.title}.", "", *lines(config, results), "", *config.notes]) + "\n"
     write_whole(folder / "table.md", text.encode())
-    print(text, flush=True)
+    print(f"table: {folder / 'table.md'}", flush=True)
     found = dict(zip(config.runs, results, strict=True))
     write_json(folder / "results.json", {"steps": 1, **{run: of.get("val_top1") for run, of in found.items()}})
     write_status(folder, state="finished", step=1, steps=1, why="")

@@ -19,7 +19,7 @@ from barlow import dist, history, pulse
 from barlow.config import Run, Training
 from barlow.data import order, staging
 from barlow.data.shards import Index
-from barlow.engine.checkpoint import Checkpoints, load
+from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.engine.loop import Plan, patiently
 from barlow.engine.preempt import StopRequest
 from barlow.engine.preflight import preflight
@@ -154,6 +154,20 @@ def newest(checkpoints: Checkpoints, data: Sequence[str], where: str) -> tuple[d
     if stored["data"] != list(data):
         raise UserError(f"the data in {where}, or labels, are not those this run began with: choose another --run")
     return stored, [*told, f"going on from {path.name}"]
+
+
+def checkpoint_of(where: str) -> Path:
+    """The checkpoint that `where` means, as rank 0 sees it: on all ranks, as what is wrong with it is."""
+    path, fault = Path(), ""
+    if dist.rank() == 0:
+        try:
+            path = find(where)
+        except UserError as error:
+            fault = str(error)
+    path, fault = dist.broadcast((path, fault))
+    if fault:
+        raise UserError(fault)
+    return path
 
 
 def hashes(index: Index, splits: Sequence[str]) -> list[str]:

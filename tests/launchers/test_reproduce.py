@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from barlow.files import read_json, read_status
+from barlow.data.shards import read_index
+from barlow.engine.run import refuse_other_config
+from barlow.errors import UserError
+from barlow.files import read_json, read_status, write_status
+from barlow.papers.barlowmatch import Part
+from barlow.recipes import FINETUNE, PRETRAIN
+from slurm.chain import Chain
+from slurm.cluster import Cluster
+from slurm.runs import Run
 from tests.papers.test_chain_of_barlowmatch import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--pretrain.batch-size", "32", "--finetune.batch-size", "16"]
+SMALL += ["--fixmatch.batch-size", "8", "--request.count", "20"]
 
 
 def reproduce(*words: str) -> subprocess.CompletedProcess[str]:
@@ -29,17 +42,17 @@ def test_a_rehearsal_of_the_whole_chain(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     runs = tmp_path / "runs"
     for name in NAMES:
-        assert read_status(runs / f"barlowmatch,{name}")["state"] == "finished"
-    asked = (runs / "barlowmatch,request-kmeans" / "request.csv").read_text().splitlines()
-    count = read_json(runs / "barlowmatch,request-kmeans" / "config.json")["count"]
+        assert read_status(runs / f"barlowmatch-chain,{name}")["state"] == "finished"
+    asked = (runs / "barlowmatch-chain,request-kmeans" / "request.csv").read_text().splitlines()
+    count = read_json(runs / "barlowmatch-chain,request-kmeans" / "config.json")["count"]
     assert len(asked) == 1 + count
-    few, more = (read_logged(runs / f"barlowmatch,{name}") for name in ("finetune", "finetune-kmeans"))
+    few, more = (read_logged(runs / f"barlowmatch-chain,{name}") for name in ("finetune", "finetune-kmeans"))
     assert more == few + count  # the answers were learned from
     for name in ("finetune", "fixmatch", "finetune-kmeans", "fixmatch-kmeans"):
-        results = read_json(runs / f"barlowmatch,{name}" / "results.json")
+        results = read_json(runs / f"barlowmatch-chain,{name}" / "results.json")
         assert 0 <= results["val_top1"] <= results["val_top5"] <= 100
         assert f"| {results['val_top1']:.2f} |" in done.stdout
-    assert len(list((runs / "barlowmatch,pictures" / "pictures").glob("*.png"))) == 1 + 6
+    assert len(list((runs / "barlowmatch-chain,pictures" / "pictures").glob("*.png"))) == 1 + 6
     again = reproduce(*words)
     assert again.returncode == 0
     assert again.stdout.count("has finished") == len(NAMES)
@@ -56,9 +69,18 @@ def read_logged(folder: Path) -> int:
     [
         (["--scale", "2"], "--scale is 2.0: give 1 or less"),
         (["--rules", "kmeans", "kmeans"], "--rules is ('kmeans', 'kmeans'): give one rule or more, each once"),
-        (["--scale", "0.01", "--nodes", "3"], "is not divisible by 3 ranks"),
+        (["--scale", "0.01", "--nodes", "5"], "--pretrain.batch-size 48 is not divisible by"),
         (["--sweep", "seed=1,2"], "--sweep is for single runs"),
         (["--run", "a,b"], "--run is 'a,b': give a plain name"),
+        (["--pretrain.seed", "7"], "--pretrain.seed: the runs of a chain have that in common: give --seed"),
+        (["--request.rule", "random"], "--request.rule: the runs of a chain have that in common: leave it out"),
+        (["--rules", "kmeans", "random", "--answered", "a.csv"], "one: --answered is to the request of one rule"),
+        ([*SMALL, "--answered", "nowhere.csv"], "run barlowmatch-chain,finetune-kmeans: "),
+        ([*SMALL, "--request.count", "5000"], "run barlowmatch-chain,request-kmeans: "),
+        ([*SMALL, "--labelled.per-class", "100"], "run barlowmatch-chain,finetune: "),
+        ([*SMALL, "--fixmatch.mu", "70"], "run barlowmatch-chain,fixmatch: "),
+        ([*SMALL, "--data.splits", "unlabeled", "val"], "run barlowmatch-chain,fixmatch: --data.splits val"),
+        ([*SMALL, "--pretrain.batch-size", "500"], "run barlowmatch-chain,pretrain: "),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, tiny_data: Path, words: list[str], told: str) -> None:
@@ -67,3 +89,68 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, tiny_data: Path, wo
     assert told in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """launchers/reproduce.py, whose runs end as soon as they are begun."""
+    monkeypatch.syspath_prepend(str(ROOT / "launchers"))
+    module = importlib.import_module("reproduce")
+
+    def end(chain: Chain, cluster: Cluster) -> int:
+        for each in chain.left():
+            write_status(each.folder, state="finished", attempts=1, step=1)
+        (chain.links[-1].folder / "table.md").write_text("a table")
+        return 0
+
+    monkeypatch.setattr(Chain, "launch", end)
+    return module
+
+
+def run_of(launcher: ModuleType, tmp_path: Path, data: Path, *words: str) -> dict[str, float]:
+    """When each run of the chain was last prepared, after the command."""
+    paths = ["--data.dir", str(data), "--runs-dir", str(tmp_path / "runs"), "--cluster", "local"]
+    assert launcher.main(["barlowmatch", *SMALL, *paths, *words]) == 0
+    runs = tmp_path / "runs"
+    return {path.parent.name.partition(",")[2]: path.stat().st_mtime_ns for path in runs.glob("*,*/config.json")}
+
+
+def test_answers_that_come_later_are_trained_with(launcher: ModuleType, tmp_path: Path, tiny_data: Path) -> None:
+    first = run_of(launcher, tmp_path, tiny_data)
+    assert set(first) == {"pretrain", "finetune", "fixmatch", "request-kmeans", "pictures", "table"}
+    index = read_index(tiny_data)
+    pool = index.split("unlabeled")
+    name = pool.names.read_text().splitlines()[0]
+    answers = tmp_path / "answered.csv"
+    answers.write_text(f"id,name,label\n{pool.first_id},{name},{index.classes[0]}\n")
+    second = run_of(launcher, tmp_path, tiny_data, "--answered", str(answers))
+    assert set(second) == set(NAMES)
+    assert {run for run in first if second[run] != first[run]} == {"table"}
+    assert read_json(tmp_path / "runs" / "barlowmatch-chain,table" / "config.json")["columns"] == ["kmeans"]
+    assert run_of(launcher, tmp_path, tiny_data, "--answered", str(answers)) == second
+
+
+def test_a_run_that_waits_is_not_passed_over_with_other_flags(
+    launcher: ModuleType, tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_of(launcher, tmp_path, tiny_data)
+    write_status(tmp_path / "runs" / "barlowmatch-chain,pictures", state="pending", attempts=0)
+    monkeypatch.setattr(Run, "alive", property(lambda run: run.name.endswith("pictures")))
+    monkeypatch.setattr(Chain, "check", lambda chain, cluster: None)
+    with pytest.raises(
+        UserError, match=r"run 'barlowmatch-chain,pictures' exists with another config \(count 16 there"
+    ):
+        run_of(launcher, tmp_path, tiny_data, "--visualize.count", "5")
+
+
+def test_a_run_cannot_take_a_chain_s_name(launcher: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "chain.json").write_text("{}")
+    with pytest.raises(UserError, match="run 'paper' is a chain of runs: choose another --run"):
+        refuse_other_config(replace(PRETRAIN["shapes"], run="paper", runs_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("nodes", "fewer"), [(1, 0), (2, 0), (8, 0), (64, 32), (48, 32), (3, 2)])
+def test_a_small_batch_takes_fewer_nodes(launcher: ModuleType, nodes: int, fewer: int) -> None:
+    part = Part("finetune", "finetune", FINETUNE["barlowmatch"])
+    assert launcher.nodes_for(part, Cluster(nodes=nodes, gpus_per_node=1)) == fewer

@@ -100,7 +100,7 @@ def test_each_rule_asks_and_is_trained_with() -> None:
     )
 
 
-@pytest.mark.parametrize("scale", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("scale", [0.001, 0.01, 0.03, 0.05, 0.1])
 def test_a_rehearsal_is_smaller_in_everything_and_can_be_answered(scale: float) -> None:
     whole = {part.name: part.config for part in parts(chain(), index(pool_labels=512_000))}
     small = {part.name: part.config for part in parts(chain(scale=scale), index())}
@@ -112,6 +112,7 @@ def test_a_rehearsal_is_smaller_in_everything_and_can_be_answered(scale: float) 
     assert small["pretrain"].model.width < 0.5
     assert max(small["pretrain"].model.projector) < 8192
     assert small["finetune"].labelled.per_class * 800 + small["request-kmeans"].count <= 25_600
+    assert small["request-kmeans"].count <= small["request-kmeans"].limit
     assert small["request-kmeans"].pool == ("train",)
     assert small["request-kmeans"].oracle
     assert small["fixmatch"].mu * small["fixmatch"].batch_size <= small["fixmatch"].data.limit

@@ -25,7 +25,7 @@ from barlow.errors import UserError
 from barlow.files import read_json, write_json
 from barlow.labels import table
 from barlow.objectives.supervised import Supervised
-from barlow.stages import classifiers, finetune, fixmatch, pretrain
+from barlow.stages import classifiers, finetune, fixmatch, pretrain, training
 from barlow.stages.classifiers import Judge
 from barlow.stages.training import distribute
 
@@ -235,7 +235,7 @@ def kept(data: str, bt: str) -> list[str]:
 
 def refused(where: str) -> str:
     try:
-        classifiers.checkpoint_of(where)
+        training.checkpoint_of(where)
     except UserError as error:
         return str(error)
     return ""
