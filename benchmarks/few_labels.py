@@ -42,9 +42,11 @@ FORMS = {
     "small": Form(
         pretrain="--model.backbone resnet18 --model.stem dense --model.width 0.25 --model.projector 512 512 "
         "--optim.no-clip --epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
-        finetune="--epochs 40 --evaluate-every 0 --log-every 20",
-        fixmatch="--epochs 2 --batch-size 32 --data.limit 25000 --ema 0.99 --evaluate-every 1 --log-every 20",
-        few={4: "--batch-size 40 --epochs 60", 400: "--batch-size 250 --epochs 12"},
+        finetune="--epochs 60 --optim.lr 1e-3 --optim.lr-backbone 1e-3 --view.kind crop --view.scale 0.5 1.0 "
+        "--evaluate-every 0 --log-every 100",
+        fixmatch="--epochs 4 --batch-size 32 --data.limit 22400 --ema 0.99 --lambda-u 3 --view.kind crop "
+        "--view.scale 0.5 1.0 --evaluate-every 0 --log-every 100",
+        few={4: "--batch-size 40 --epochs 100", 400: "--batch-size 250 --epochs 50"},
     ),
     "quick": Form(
         recipe="shapes",
