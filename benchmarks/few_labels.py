@@ -44,7 +44,7 @@ FORMS = {
         "--optim.no-clip --epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
         finetune="--epochs 60 --optim.lr 1e-3 --optim.lr-backbone 1e-3 --view.kind crop --view.scale 0.5 1.0 "
         "--evaluate-every 0 --log-every 100",
-        fixmatch="--epochs 4 --batch-size 32 --data.limit 22400 --ema 0.99 --lambda-u 3 --view.kind crop "
+        fixmatch="--batches two --epochs 4 --batch-size 32 --data.limit 22400 --ema 0.99 --lambda-u 3 --view.kind crop "
         "--view.scale 0.5 1.0 --evaluate-every 0 --log-every 100",
         few={4: "--batch-size 40 --epochs 100", 400: "--batch-size 250 --epochs 50"},
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from barlow.config.checks import (
     above_0,
@@ -41,6 +42,9 @@ class FixMatch(Training):
     """Weight of the unlabelled loss."""
     temperature: float = 1.0
     """Logits are divided by it before the probability is compared with the threshold."""
+    batches: Literal["one", "two"] = "one"
+    """one: all views go through the network at once. two: strong views by themselves, and batch norms remember the
+    statistics of the others alone, which are those of the images that will be judged."""
     ema: float = 0.0
     """Decay of the average of the weights, which is what is evaluated then; 0: none."""
     data: Data = field(default_factory=Data)

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from barlow import dist
+from barlow.models.norm import forgetful
 
 
 class FixMatch(nn.Module):
-    def __init__(self, classifier: nn.Module, threshold: float, lambda_u: float, temperature: float) -> None:
+    def __init__(
+        self,
+        classifier: nn.Module,
+        threshold: float,
+        lambda_u: float,
+        temperature: float,
+        batches: Literal["one", "two"] = "one",
+    ) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.batches = classifier, batches
         self.threshold, self.lambda_u, self.temperature = threshold, lambda_u, temperature
 
     def forward(self, given: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Labelled images [n, 3, h, w] with labels [n]; weak and strong views of the same m unlabelled ones, with the
         labels [m] that they truly have (-1: unknown), which are only counted.
 
-        All go through the network at once, for batch norms to see one batch, as the paper's code has it."""
+        All go through the network at once, for batch norms to see one batch, as the paper's code has it; or the strong
+        ones by themselves, and batch norms do not remember them."""
         images, labels, weak, strong, truth = given
-        m = len(weak)
-        logits = self.classifier(torch.cat([images, weak, strong]).contiguous(memory_format=torch.channels_last))
-        of_images, of_weak, of_strong = logits.split([len(labels), m, m])
+        n, m = len(labels), len(weak)
+        if self.batches == "one":
+            of_images, of_weak, of_strong = self.classifier(joined(images, weak, strong)).split([n, m, m])
+        else:
+            of_images, of_weak = self.classifier(joined(images, weak)).split([n, m])
+            with forgetful(self.classifier):
+                of_strong = self.classifier(strong)
         knobs = (self.threshold, self.lambda_u, self.temperature)
         return fixmatch_loss(of_images, of_weak, of_strong, labels, truth, *knobs)
+
+
+def joined(*views: Tensor) -> Tensor:
+    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
 def fixmatch_loss(

@@ -46,6 +46,7 @@ finetune = Finetune(
 fixmatch = FixMatch(
     epochs=40,
     threshold=0.95,
+    batches="two",
     ema=0.999,
     labelled=labelled,
     data=Data(splits=("train",)),

@@ -67,7 +67,7 @@ def main(run_folder: str) -> None:
     plan = together(lambda: lengths(config, index))
     classifier = build(config, index, device)
     norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
-    objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature)
+    objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature, config.batches)
     told = ready(config, here, index, [*splits, "val"], config.data.stage, objective, copies=3 + bool(config.ema))
     near = staging.staged(index, [*splits, "val"], config.data.stage)
     loader = together(lambda: Loader(near, splits, workers=config.data.workers, pin=device.type == "cuda"))

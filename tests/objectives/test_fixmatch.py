@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from barlow import dist
 from barlow.objectives.fixmatch import FixMatch, fixmatch_loss
@@ -172,10 +173,10 @@ def images(n: int, m: int) -> list[Tensor]:
     return [own, labels, weak, 0.7 * weak + 0.3 * strong, truth]
 
 
-def train(threshold: float) -> dict[str, Any]:
+def train(threshold: float, batches: Literal["one", "two"] = "one") -> dict[str, Any]:
     """Three steps of gradient descent on this rank's part of batches of 6 and 18."""
     torch.manual_seed(0)
-    objective = FixMatch(Tiny().double(), threshold, lambda_u=0.7, temperature=0.9)
+    objective = FixMatch(Tiny().double(), threshold, lambda_u=0.7, temperature=0.9, batches=batches)
     model = distribute(objective, torch.device("cpu"))
     rank, world = dist.rank(), dist.world_size()
     given = [part.chunk(world)[rank] for part in images(6, 18)]
@@ -193,7 +194,7 @@ def train(threshold: float) -> dict[str, Any]:
 
 
 def train_cases() -> list[dict[str, Any]]:
-    return [train(0.5), train(1.01)]
+    return [train(0.5), train(1.01), train(0.5, "two")]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -201,7 +202,7 @@ def test_ranks_equal_one_rank(on_ranks: Ranks, world_size: int) -> None:
     """Loss, metrics, gradients and statistics, also where the ranks have other numbers of images that count."""
     answers = on_ranks(world_size, train_cases)
     for case, one in enumerate(train_cases()):
-        assert (0 < one["seen"][0]["mask"] < 100) == (case == 0)
+        assert (0 < one["seen"][0]["mask"] < 100) == (case != 1)
         assert float(one["grads"]["classifier.backbone.0.weight"].abs().max()) > 1e-4
         for rank in (answer[case] for answer in answers):
             torch.testing.assert_close(rank["seen"], one["seen"], rtol=1e-10, atol=1e-10, equal_nan=True)
@@ -223,3 +224,19 @@ def test_all_views_go_through_the_network_at_once() -> None:
     assert_same(seen, [torch.cat([given[0], given[2], given[3]])])
     logits, weak, strong = (Asked()(view) for view in (given[0], given[2], given[3]))
     assert_same(loss, fixmatch_loss(logits, weak, strong, given[1], given[4], 0.0)[0])
+
+
+def test_norms_do_not_remember_strong_views_that_go_by_themselves() -> None:
+    torch.manual_seed(0)
+    network, other = Tiny().double(), Tiny().double()
+    other.load_state_dict(network.state_dict())
+    given = images(6, 18)
+    loss, _ = FixMatch(network, 0.3, 0.7, 1.0, "two")(given)
+    logits, weak = other(torch.cat([given[0], given[2]])).split([6, 18])
+    remembered = {name: buffer.clone() for name, buffer in other.named_buffers() if "running" in name}
+    strong = other(given[3])
+    assert_same(loss, fixmatch_loss(logits, weak, strong, given[1], given[4], 0.3, 0.7)[0])
+    now = dict(network.named_buffers())
+    assert_same({name: now[name] for name in remembered}, remembered)
+    assert not torch.equal(other.get_buffer("backbone.1.running_mean"), remembered["backbone.1.running_mean"])
+    assert {norm.momentum for norm in network.modules() if isinstance(norm, _BatchNorm)} == {0.1}
