@@ -39,19 +39,17 @@ def data_of(config: Finetune | FixMatch, folder: Path) -> tuple[Index, Labelled,
     them in while the run is put back."""
     index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
     copies = [folder / "labels" / f"{number}.csv" for number in range(len(config.labels))]
+    began = dist.broadcast(bool(copies) and all(copy.exists() for copy in copies))
     told: list[str] = []
-    if not dist.broadcast(all(copy.exists() for copy in copies)):
-        known = together(lambda: learnable(config, index))
-        if dist.rank() == 0:
-            for copy, answers in zip(copies, config.labels, strict=True):
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(copy, Path(answers).read_bytes())
-    elif copies:
-        known = together(lambda: learnable(replace(config, labels=tuple(map(str, copies))), index))
+    if began:
         changed = [name for copy, name in zip(copies, config.labels, strict=True) if not same(copy, Path(name))]
         told = [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
-    else:
-        known = together(lambda: learnable(config, index))
+    answers = tuple(map(str, copies)) if began else config.labels
+    known = together(lambda: learnable(replace(config, labels=answers), index))
+    if not began and dist.rank() == 0:
+        for copy, name in zip(copies, config.labels, strict=True):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(copy, Path(name).read_bytes())
     return index, known, told
 
 

@@ -62,7 +62,6 @@ def main(run_folder: str) -> None:
     near = staging.staged(index, [*splits, "val"], config.data.stage)
     loader = together(lambda: Loader(near, splits, workers=config.data.workers, pin=device.type == "cuda"))
     loader = loader.relabelled(known.ids, known.labels)
-    labelled = loader.positions_of(known.ids)
     judge = together(lambda: Judge(config, near, loader, known, device))
 
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
@@ -133,9 +132,9 @@ def main(run_folder: str) -> None:
 
     about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
     positions = order.positions(
-        config.seed, len(labelled), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
+        config.seed, len(judge.positions), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )
-    given = feed(loader.batches(labelled[places] for places in positions), make, device, start)
+    given = feed(loader.batches(judge.positions[places] for places in positions), make, device, start)
     if here.holding:
         checkpoints.prepare({**state(), "optimizer": with_state(optimizer, ["exp_avg", "exp_avg_sq"])})
     with to_the_end(here, recorder, checkpoints):

@@ -5,7 +5,6 @@ which is an epoch. CTAugment's bins learn beside the network, from labelled imag
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -19,14 +18,13 @@ from torch import Tensor, nn
 from barlow import dist
 from barlow.config import FixMatch
 from barlow.data import chance, ctaugment, operations, order, staging
-from barlow.data.cache import cached
 from barlow.data.ctaugment import Bins
 from barlow.data.feed import feed
 from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index
 from barlow.data.strong import strong
 from barlow.data.weak import normalised, weak
-from barlow.engine import memory, speed
+from barlow.engine import speed
 from barlow.engine.checkpoint import Checkpoints, load_weights
 from barlow.engine.loop import Plan, fit
 from barlow.engine.preflight import together
@@ -44,9 +42,9 @@ from barlow.stages.training import (
     distribute,
     dtype_of,
     enter,
-    filling_of,
     finish,
     in_words,
+    kept_decoded,
     newest,
     plan_of,
     ready,
@@ -170,10 +168,7 @@ def main(run_folder: str) -> None:
         yield from found.items()
 
     about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
-    room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    filling = filling_of(config.data.cache, config.watch.start, recorder, beats)
-    training = 2 * sum(p.nbytes for p in classifier.parameters())  # gradients and momenta
-    source = together(lambda: cached(loader, config.data.cache, device, room, filling, training))
+    source = kept_decoded(loader, config.data.cache, config.watch.start, here, recorder, classifier)
     given = feed(source.batches(positions(config, loader, index, judge.positions, start, plan)), make, device, start)
     if here.holding:
         checkpoints.prepare({**state(), "optimizer": with_state(optimizer, ["momentum_buffer"])})

@@ -4,7 +4,6 @@ Takes the config from the run folder, starts from its newest good checkpoint if 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -17,11 +16,10 @@ from torch import Tensor
 from barlow import dist
 from barlow.config import Pretrain
 from barlow.data import chance, order, staging, views
-from barlow.data.cache import cached
 from barlow.data.feed import feed
 from barlow.data.loader import Batch, Loader
 from barlow.data.shards import Index, read_index
-from barlow.engine import memory, speed
+from barlow.engine import speed
 from barlow.engine.checkpoint import Checkpoints, load, load_weights
 from barlow.engine.loop import fit
 from barlow.engine.preflight import together
@@ -41,10 +39,10 @@ from barlow.stages.training import (
     distribute,
     dtype_of,
     enter,
-    filling_of,
     finish,
     hashes,
     in_words,
+    kept_decoded,
     newest,
     plan_of,
     ready,
@@ -88,10 +86,7 @@ def main(run_folder: str) -> None:
     for line in (*told, *skipped, in_words(network, objective, plan, device, start, peak_rates(config)[0])):
         recorder.say(line)
     recorder.say(f"{views.way(device, config.speed.views)}, {norms}, LARS by {optimizer.backend}")
-    room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    filling = filling_of(config.data.cache, config.watch.start, recorder, beats)
-    training = 2 * sum(p.nbytes for p in objective.parameters())  # gradients and momenta
-    source = together(lambda: cached(loader, config.data.cache, device, room, filling, training))
+    source = kept_decoded(loader, config.data.cache, config.watch.start, here, recorder, objective)
     if dist.rank() == 0:
         begin(folder, start, plan.steps)
 

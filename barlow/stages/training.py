@@ -18,11 +18,14 @@ from torch.nn.parallel import DistributedDataParallel
 from barlow import dist, history, pulse
 from barlow.config import Run, Training
 from barlow.data import order, staging
+from barlow.data.cache import Cache, cached
+from barlow.data.loader import Loader
 from barlow.data.shards import Index
+from barlow.engine import memory
 from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.engine.loop import Plan, patiently
 from barlow.engine.preempt import StopRequest
-from barlow.engine.preflight import preflight
+from barlow.engine.preflight import preflight, together
 from barlow.engine.record import Recorder
 from barlow.engine.run import claim
 from barlow.errors import BadNode, Preempted, UserError
@@ -82,13 +85,13 @@ def ready(
 
     `copies`: how often what a checkpoint holds is as large as the weights; the optimizer's state counts."""
     weights = sum(p.nbytes for p in model.parameters())
-    memory = copies * weights if dist.rank() == 0 else 0  # what is saved is copied first
+    copied = copies * weights if dist.rank() == 0 else 0  # what is saved is copied first
     disk = copies * weights * (config.checkpoint.keep + 1)
     work = staging.ready(index, splits, stage, config.preflight.hashes)
     return preflight(
         config.preflight,
         here.folder,
-        memory,
+        copied,
         disk,
         work,
         here.device,
@@ -181,6 +184,16 @@ def begin(folder: Path, start: int, steps: int) -> None:
         attempts = read_status(folder).get("attempts", 0) + 1
         write_status(folder, state="running", step=start, steps=steps, attempts=attempts, why="")
         history.note(folder, "start", step=start, ranks=dist.world_size())
+
+
+def kept_decoded(
+    loader: Loader, where: str, within: float, here: Here, recorder: Recorder, model: nn.Module
+) -> Loader | Cache:
+    """The loader, or its images decoded once and kept `where` --data.cache says; that there is no room is refused."""
+    room = memory.left() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    filling = filling_of(where, within, recorder, here.beats)
+    training = 2 * sum(p.nbytes for p in model.parameters())  # gradients and momenta
+    return together(lambda: cached(loader, where, here.device, room, filling, training))
 
 
 def filling_of(where: str, within: float, recorder: Recorder, beats: pulse.Pulse) -> Callable[[int, int], None]:
