@@ -24,8 +24,8 @@ def late(config: FixMatch, dry_run: bool) -> None:
     if found(config.data, dry_run):
         index = read_index(config.data.dir)
         learnable(config, index)
-        count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
-        order.unlabelled_steps(min(count, config.data.limit or count), config.mu, config.batch_size)
+        count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
+        order.unlabelled_steps(count, config.mu, config.batch_size)
 
 
 if __name__ == "__main__":

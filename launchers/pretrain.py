@@ -33,8 +33,7 @@ def early(config: Pretrain, ranks: int) -> None:
 def late(config: Pretrain, dry_run: bool) -> None:
     if found(config.data, dry_run):
         index = read_index(config.data.dir)
-        count = sum(index.split(name).count for name in config.data.splits)
-        order.steps_per_epoch(min(count, config.data.limit or count), config.batch_size)
+        order.steps_per_epoch(index.images(config.data.splits, config.data.limit), config.batch_size)
 
 
 if __name__ == "__main__":

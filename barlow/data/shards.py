@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,11 @@ class Index:
     def normalising(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Index:
         """The same, with these in place of the data's own where they are given."""
         return replace(self, mean=mean or self.mean, std=std or self.std)
+
+    def images(self, splits: Iterable[str], limit: int = 0) -> int:
+        """How many images these splits have, or the limit if that is less (0: none)."""
+        count = sum(self.split(name).count for name in splits)
+        return min(count, limit or count)
 
     def split(self, name: str) -> Split:
         if name not in self.splits:

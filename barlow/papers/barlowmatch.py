@@ -113,8 +113,7 @@ def check(part: Part, index: Index, awaited: Collection[str]) -> None:
     if part.stage in ("finetune", "fixmatch", "request"):
         config = replace(config, labels=tuple(path for path in config.labels if path not in awaited))
     if part.stage in ("pretrain", "fixmatch"):
-        count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
-        count = min(count, config.data.limit or count)
+        count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
     if part.stage == "pretrain":
         order.steps_per_epoch(count, config.batch_size)
     elif part.stage == "finetune":

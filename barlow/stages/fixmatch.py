@@ -185,8 +185,8 @@ def main(run_folder: str) -> None:
 
 def lengths(config: FixMatch, index: Index) -> Plan:
     """An epoch is one pass over the unlabelled images, mu B of them a step."""
-    count = sum(index.split(name).count for name in dict.fromkeys(config.data.splits))
-    count, batch = min(count, config.data.limit or count), config.mu * config.batch_size
+    count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
+    batch = config.mu * config.batch_size
     order.unlabelled_steps(count, config.mu, config.batch_size)
     plan = plan_of(config, count, batch, config.evaluate_every)
     return replace(plan, batch_size=batch + config.batch_size)
