@@ -84,16 +84,17 @@ def how_it_ended(folder: Path, state: str | None, code: int) -> End:
         return End("user", failure["error"], failure["rank"], failure["host"])
     if known and known.kind in (*BY_WATCHDOG, "node"):
         return known
-    if known and failure["told"]:
-        return End("stopped", failure["told"])
     killed = killed_rank(folder, job)
-    if killed and killed[2] in [f"was killed by {each.name}" for each in SIGNALS]:  # before its Python heard signals
-        return known or End("stopped", f"{killed[2].split()[-1]} before it began")
-    if killed:
+    signalled = killed and killed[2] in [f"was killed by {each.name}" for each in SIGNALS]
+    if killed and not signalled:  # its peers were told to stop by srun then, as if by SLURM
         rank, host, how = killed
         with contextlib.suppress(OSError):
             record_killed(folder, attempt(os.environ), rank, host, how)
         return End("killed", f"rank {rank} on {host} {how}", rank, host)
+    if known and failure["told"]:
+        return End("stopped", failure["told"])
+    if killed:  # before its Python heard signals
+        return known or End("stopped", f"{killed[2].split()[-1]} before it began")
     if known:
         return known
     words = first_words(folder, job)

@@ -96,6 +96,15 @@ def test_a_killed_rank_sends_the_job_back(folder: Path, settle: Settle) -> None:
     assert read_status(folder)["why"] == "rank 1 on n2 was killed by SIGKILL"
 
 
+def test_a_killed_rank_is_the_cause_though_a_peer_was_told_before_another_failed(folder: Path, settle: Settle) -> None:
+    """srun tells all others to stop; one heard that, another found its connection gone a moment later."""
+    tell_others(folder, "7.0", "SIGTERM; then RuntimeError")
+    fail(folder, rank=0, host="n1", error="RuntimeError: Connection reset by peer")
+    assert settle(said=KILLED + "srun: error: n1: task 0: Exited with exit code 1\n", code=137)[1] == ["requeue 7"]
+    told = history.read(folder)[0]
+    assert (told["event"], told["rank"], told["kind"]) == ("failed", 1, "killed")
+
+
 def test_a_peer_that_fails_because_one_was_told_is_no_failure(folder: Path, settle: Settle) -> None:
     """It lost its connection to a rank that had left, and was the first to end."""
     tell_others(folder, "7.0", "SIGTERM outside training")

@@ -42,7 +42,9 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert layer.running_mean is not None
             layer.running_mean.normal_(std=0.1)
     classes = list(read_index(tiny_data).classes)
-    Checkpoints(folder / "checkpoints", keep=1).save(7, {"model": model.state_dict(), "classes": classes, "step": 7})
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(7, {"model": model.state_dict(), "classes": classes, "step": 7})
+    checkpoints.finish()
     return folder
 
 
