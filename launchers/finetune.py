@@ -8,11 +8,9 @@ import sys
 
 from barlow.config import Finetune
 from barlow.data import order
-from barlow.data.shards import read_index
 from barlow.errors import one_line_errors
-from barlow.labels.table import learnable
 from barlow.recipes import FINETUNE
-from start import found, from_origin, has_saved, start
+from start import from_origin, has_saved, start
 
 
 def early(config: Finetune, ranks: int) -> None:
@@ -20,12 +18,6 @@ def early(config: Finetune, ranks: int) -> None:
     has_saved(config)
 
 
-def late(config: Finetune, dry_run: bool) -> None:
-    if found(config.data, dry_run):
-        known = learnable(config, read_index(config.data.dir))
-        order.steps_per_epoch(len(known.ids), config.batch_size)
-
-
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], FINETUNE, "finetune", __doc__ or "", from_origin, early, late))
+        raise SystemExit(start(sys.argv[1:], FINETUNE, "finetune", __doc__ or "", from_origin, early))

@@ -8,11 +8,9 @@ import sys
 
 from barlow.config import FixMatch
 from barlow.data import order
-from barlow.data.shards import read_index
 from barlow.errors import one_line_errors
-from barlow.labels.table import learnable
 from barlow.recipes import FIXMATCH
-from start import found, from_origin, has_saved, start
+from start import from_origin, has_saved, start
 
 
 def early(config: FixMatch, ranks: int) -> None:
@@ -20,14 +18,6 @@ def early(config: FixMatch, ranks: int) -> None:
     has_saved(config)
 
 
-def late(config: FixMatch, dry_run: bool) -> None:
-    if found(config.data, dry_run):
-        index = read_index(config.data.dir)
-        learnable(config, index)
-        count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
-        order.unlabelled_steps(count, config.mu, config.batch_size)
-
-
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], FIXMATCH, "fixmatch", __doc__ or "", from_origin, early, late))
+        raise SystemExit(start(sys.argv[1:], FIXMATCH, "fixmatch", __doc__ or "", from_origin, early))

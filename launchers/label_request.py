@@ -7,22 +7,15 @@ the run folder: fill its column `label` in, and give the file to the other launc
 import sys
 
 from barlow.config import Request
-from barlow.data.shards import read_index
 from barlow.errors import one_line_errors
-from barlow.labels import table
 from barlow.recipes import REQUEST
-from start import found, from_origin, has_saved, start
+from start import from_origin, has_saved, start
 
 
 def early(config: Request, ranks: int) -> None:
     has_saved(config)
 
 
-def late(config: Request, dry_run: bool) -> None:
-    if found(config.data, dry_run):
-        table.asked(config, read_index(config.data.dir))
-
-
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], REQUEST, "request", __doc__ or "", from_origin, early, late))
+        raise SystemExit(start(sys.argv[1:], REQUEST, "request", __doc__ or "", from_origin, early))

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from barlow.config import Pretrain
 from barlow.data import order
-from barlow.data.shards import read_index
 from barlow.engine.run import folder_of
 from barlow.errors import UserError, one_line_errors
 from barlow.recipes import PRETRAIN
-from start import absolute, found, start
+from start import absolute, start
 
 
 def settled(config: Pretrain) -> Pretrain:
@@ -30,12 +29,6 @@ def early(config: Pretrain, ranks: int) -> None:
         raise UserError(f"--model.init: no checkpoint {config.model.init}: name a run folder or a .pt file")
 
 
-def late(config: Pretrain, dry_run: bool) -> None:
-    if found(config.data, dry_run):
-        index = read_index(config.data.dir)
-        order.steps_per_epoch(index.images(config.data.splits, config.data.limit), config.batch_size)
-
-
 if __name__ == "__main__":
     with one_line_errors():
-        raise SystemExit(start(sys.argv[1:], PRETRAIN, "pretrain", __doc__ or "", settled, early, late))
+        raise SystemExit(start(sys.argv[1:], PRETRAIN, "pretrain", __doc__ or "", settled, early))

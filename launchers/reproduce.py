@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from barlow import cli
-from barlow.config import Reproduce, Table
+from barlow.config import Classifying, Reproduce, Request, Run, Table
 from barlow.data.shards import read_index
 from barlow.engine.run import folder_of, load_config, prepare, refuse_other_config
 from barlow.errors import UserError, one_line_errors
@@ -20,6 +20,7 @@ from barlow.files import read_json, read_status, write_status
 from barlow.papers import barlowmatch
 from barlow.papers.barlowmatch import Part
 from barlow.recipes import REPRODUCE
+from barlow.stages.fits import fits
 from slurm.chain import Chain, Link
 from slurm.cluster import Cluster, resolve
 from start import ROOT, absolute, elsewhere, found
@@ -41,10 +42,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--dry-run: {asked.data.dir} has no shards yet: write them first (launchers/shards.py)")
     index = read_index(asked.data.dir)
     parts = [replace(part, config=elsewhere(part.config, cluster)) for part in barlowmatch.parts(asked, index)]
-    requests = {f"{folder_of(part.config)}/request.csv" for part in parts if part.stage == "request"}
+    requests = [f"{folder_of(part.config)}/request.csv" for part in parts if part.stage == "request"]
+    awaited = [path for path in requests if not Path(path).exists()]
     for part in parts:
         with cli.named(part.config.run):
-            barlowmatch.check(part, index, {path for path in requests if not Path(path).exists()})
+            fits(without(part.config, awaited), index)
     chain = Chain(folder_of(asked), [link(part, cluster) for part in parts])
     if not cluster.dry_run:
         make_again(parts[-1])
@@ -61,6 +63,13 @@ def main(argv: Sequence[str]) -> int:
     if chain.finished():
         print((folder_of(parts[-1].config) / "table.md").read_text(), end="")
     return code
+
+
+def without(config: Run, awaited: Sequence[str]) -> Run:
+    """The same without the labels that another run of the chain is yet to write."""
+    if not isinstance(config, Classifying | Request):
+        return config
+    return replace(config, labels=tuple(path for path in config.labels if path not in awaited))
 
 
 def check_sections(asked: Reproduce, recipe: Reproduce) -> None:

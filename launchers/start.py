@@ -10,10 +10,12 @@ from typing import TypeVar
 
 from barlow import cli
 from barlow.config import Run, Shards, Visualize
+from barlow.data.shards import read_index
 from barlow.engine import origin
 from barlow.engine.origin import Asked
 from barlow.engine.run import folder_of, prepare, refuse_other_config
 from barlow.errors import UserError
+from barlow.stages.fits import fits
 from slurm.cluster import Cluster, resolve
 from slurm.sweep import Runs
 
@@ -28,12 +30,11 @@ def start(
     about: str,
     settled: Callable[[Config], Config],
     early: Callable[[Config, int], object],
-    late: Callable[[Config, bool], object],
 ) -> int:
     """Runs of the stage barlow.stages.STAGE, one or a sweep of them; returns the command's exit code.
 
-    `settled` closes what a config leaves open. `early` refuses what cannot be, given the number of ranks, before
-    anything is looked at; `late`, told whether this is a dry run, looks at the data. Nothing is created before them.
+    `settled` closes what a config leaves open. `early` refuses what cannot be, given the number of ranks, before the
+    data are looked at. No run is created before all of them can be.
     """
     script = "launchers/label_request.py" if stage == "request" else f"launchers/{stage}.py"
     recipe, asked, cluster, swept = cli.parse(argv, recipes, Cluster, script, about)
@@ -49,7 +50,8 @@ def start(
     configs = [config for config in configs if folder_of(config) in runs.folders]
     for config in configs:
         with cli.named(config.run if len(configs) > 1 else ""):
-            late(config, cluster.dry_run)
+            if found(config.data, cluster.dry_run):
+                fits(config, read_index(config.data.dir))
     for config in configs if not cluster.dry_run else ():
         prepare(config, shlex.join(["python", script, *argv]), ROOT)
     return runs.launch(f"barlow.stages.{stage}", cluster)

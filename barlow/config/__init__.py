@@ -26,12 +26,13 @@ from barlow.config.parts import (
 )
 from barlow.config.pretrain import Pretrain
 from barlow.config.reproduce import Reproduce, Table
-from barlow.config.runs import Run, Training
+from barlow.config.runs import Classifying, Run, Training
 
 __all__ = [
     "Adam",
     "BarlowTwins",
     "Checkpoint",
+    "Classifying",
     "Data",
     "Finetune",
     "FixMatch",

@@ -8,7 +8,7 @@ from math import inf
 from operator import attrgetter
 from typing import Any
 
-from barlow.config.parts import View, Views
+from barlow.config.parts import View
 from barlow.errors import UserError
 
 Rule = tuple[str, bool, str]  # a knob's dotted name, whether it is right, what to give
@@ -65,26 +65,26 @@ def of_labels(c: Any) -> list[Rule]:
 
 
 def of_classifier(c: Any) -> list[Rule]:
-    rules = not_negative(c, ("model.width", "size")) + probabilities(c, ("view.flip",)) + below_1(c, ("head.dropout",))
+    """And one that trains a classifier."""
+    rules = not_negative(c, ("model.width", "size", "evaluate_every", "val_limit"))
+    rules += probabilities(c, ("view.flip",)) + below_1(c, ("head.dropout",))
     rules += [("head.widths", min(c.head.widths, default=1) >= 1, "the widths of its layers, as in 8192 8192 8192")]
-    return rules + share_of_image(c, "view.scale", c.view.scale)
+    return of_training(c) + of_labels(c) + rules + share_of_image(c, "view.scale", c.view.scale)
 
 
 def share_of_image(c: Any, name: str, scale: tuple[float, float]) -> list[Rule]:
     return [(name, 0 < scale[0] <= scale[1] <= 1, "two shares of the image, as in 0.08 1.0")]
 
 
-def check_views(v: Views) -> None:
-    """Refuse what no view can be drawn with."""
-    rules = [
-        ("scale", 0 < v.scale[0] <= v.scale[1] <= 1, "two shares of the image, as in 0.08 1.0"),
-        ("ratio", 0 < v.ratio[0] <= v.ratio[1] < inf, "two widths over height, the lesser first, as in 0.75 1.33"),
-        ("sigma", 0 <= v.sigma[0] <= v.sigma[1] <= 2, "two numbers of pixels up to 2, the lesser first, as in 0.1 2.0"),
-        ("hue", 0 <= v.hue <= 0.5, "0 to 0.5, which is half the circle to either side"),
+def of_views(c: Any) -> list[Rule]:
+    """What a pair of views can be drawn with."""
+    ratio, sigma = c.views.ratio, c.views.sigma
+    rules = share_of_image(c, "views.scale", c.views.scale)
+    rules += [
+        ("views.ratio", 0 < ratio[0] <= ratio[1] < inf, "two widths over height, the lesser first, as in 0.75 1.33")
     ]
-    rules += [(name, 0 <= getattr(v, name) < inf, "0 or more") for name in ("brightness", "contrast", "saturation")]
-    probabilities = [f"{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)]
-    rules += [(name, 0 <= attrgetter(name)(v) <= 1, "a probability, 0 to 1") for name in probabilities]
-    for name, ok, give in rules:
-        if not ok:
-            raise UserError(f"--views.{name} is {attrgetter(name)(v)}: give {give}")
+    told = "two numbers of pixels up to 2, the lesser first, as in 0.1 2.0"
+    rules += [("views.sigma", 0 <= sigma[0] <= sigma[1] <= 2, told)]
+    rules += [("views.hue", 0 <= c.views.hue <= 0.5, "0 to 0.5, which is half the circle to either side")]
+    rules += not_negative(c, ("views.brightness", "views.contrast", "views.saturation"))
+    return rules + probabilities(c, [f"views.{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)])

@@ -11,25 +11,17 @@ from barlow.config.checks import (
     below_1,
     not_negative,
     of_classifier,
-    of_labels,
-    of_training,
     probabilities,
     refuse,
 )
-from barlow.config.parts import Data, Head, Labelled, Network, Sgd, Strong, Weak
-from barlow.config.runs import Training
+from barlow.config.parts import Data, Sgd, Strong
+from barlow.config.runs import Classifying
 
 
 @dataclass(frozen=True)
-class FixMatch(Training):
+class FixMatch(Classifying):
     """Train a classifier on labelled and unlabelled images together."""
 
-    from_run: str = ""
-    """The run to start from: a classifier's, or a pretrained backbone's with a fresh head. Empty: from nothing."""
-    labels: tuple[str, ...] = ()
-    """Answered requests: CSV files with more labels."""
-    size: int = 0
-    """Side of an image as the network sees it, in pixels; 0: as the run's that it starts from."""
     epochs: int = 40
     """Passes over the unlabelled images."""
     batch_size: int = 64
@@ -48,27 +40,13 @@ class FixMatch(Training):
     ema: float = 0.0
     """Decay of the average of the weights, which is what is evaluated then; 0: none."""
     data: Data = field(default_factory=Data)
-    labelled: Labelled = field(default_factory=Labelled)
-    view: Weak = field(default_factory=Weak)
     strong: Strong = field(default_factory=Strong)
-    model: Network = field(default_factory=Network)
-    head: Head = field(default_factory=Head)
     optim: Sgd = field(default_factory=Sgd)
-    evaluate_every: int = 1
-    """Epochs between two evaluations on val (there is one at the end); 0: at the end alone."""
-    val_limit: int = 0
-    """Judge on so many images of val, drawn by the seed; 0: on all."""
 
     def __post_init__(self) -> None:
-        rules = of_training(self) + of_labels(self) + of_classifier(self) + at_least_1(self, ("mu",))
+        rules = of_classifier(self) + at_least_1(self, ("mu",))
         rules += probabilities(self, ("threshold", "strong.cutout", "strong.threshold", "strong.decay"))
-        rules += not_negative(
-            self, ("lambda_u", "optim.lr", "optim.lr_backbone", "optim.weight_decay", "evaluate_every")
-        )
-        rules += (
-            not_negative(self, ("val_limit", "data.limit"))
-            + above_0(self, ("temperature",))
-            + below_1(self, ("ema", "optim.momentum"))
-        )
+        rules += not_negative(self, ("lambda_u", "optim.lr", "optim.lr_backbone", "optim.weight_decay", "data.limit"))
+        rules += above_0(self, ("temperature",)) + below_1(self, ("ema", "optim.momentum"))
         rules += [("data.splits", bool(self.data.splits), "at least one split, as in unlabeled train")]
         refuse(self, rules)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from barlow.config.checks import above_0, at_least_1, below_1, check_views, not_negative, of_training, refuse
+from barlow.config.checks import above_0, at_least_1, below_1, not_negative, of_training, of_views, refuse
 from barlow.config.parts import BarlowTwins, Data, Knn, Lars, Model, Views
 from barlow.config.runs import Training
 
@@ -31,5 +31,4 @@ class Pretrain(Training):
             ("model.projector", projector, "the widths of its layers, as in 2048 2048 2048"),
             ("data.splits", bool(self.data.splits), "at least one split, as in unlabeled train"),
         ]
-        refuse(self, rules)
-        check_views(self.views)
+        refuse(self, rules + of_views(self))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from barlow.config import Finetune, FixMatch, Request
+from barlow.config import Classifying, FixMatch, Request
 from barlow.data.layout import FIELD, FIELDS, HEADER, SAMPLE
 from barlow.data.shards import Index
 from barlow.errors import UserError
@@ -88,7 +88,7 @@ def unlabelled(
     return ids[draw(ids, np.zeros_like(ids), limit, seed)] if limit else ids
 
 
-def learnable(config: Finetune | FixMatch, index: Index) -> Labelled:
+def learnable(config: Classifying, index: Index) -> Labelled:
     """The labels that a classifier learns from. What it is judged on has labels as well, and is not learned from."""
     if HELD_OUT not in index.splits or not index.split(HELD_OUT).labeled:
         raise UserError(f"{index.folder} has no split {HELD_OUT} with labels, which classifiers are judged on: add one")

@@ -5,17 +5,15 @@ both again; pictures of what FixMatch's classifier looks at; the paper's table."
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from barlow.config import Data, Reproduce, Run, Table
-from barlow.data import order
 from barlow.data.shards import Index
 from barlow.engine.origin import settled
 from barlow.errors import UserError
-from barlow.labels import table as labels
 
 ROWS = ("Barlow Twins + classifier", "Barlow Twins + classifier + FixMatch")
 PAPER = (97.89, 32.80, 35.22, 99.23, 33.70, 36.69)
@@ -104,25 +102,6 @@ def notes(chain: Reproduce, index: Index) -> Iterator[str]:
 def known(chain: Reproduce, index: Index) -> bool:
     """Whether the shards know the answers to requests from the pool."""
     return all(index.split(name).labeled == index.split(name).count for name in chain.request.pool)
-
-
-def check(part: Part, index: Index, awaited: Collection[str]) -> None:
-    """Refuse what its stage would refuse, before anything starts: in a chain that may be days later. `awaited`: files
-    with labels that another run of the chain is yet to write."""
-    config = part.config
-    if part.stage in ("finetune", "fixmatch", "request"):
-        config = replace(config, labels=tuple(path for path in config.labels if path not in awaited))
-    if part.stage in ("pretrain", "fixmatch"):
-        count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
-    if part.stage == "pretrain":
-        order.steps_per_epoch(count, config.batch_size)
-    elif part.stage == "finetune":
-        order.steps_per_epoch(len(labels.learnable(config, index).ids), config.batch_size)
-    elif part.stage == "fixmatch":
-        labels.learnable(config, index)
-        order.unlabelled_steps(count, config.mu, config.batch_size)
-    elif part.stage == "request":
-        labels.asked(config, index)
 
 
 def place(chain: Reproduce, part: str) -> str:

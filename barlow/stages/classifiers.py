@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from barlow import dist
-from barlow.config import Finetune, FixMatch
+from barlow.config import Classifying, Finetune, FixMatch
 from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
@@ -32,7 +32,7 @@ from barlow.stages.training import autocast, checkpoint_of, hashes
 Encode = Callable[[Tensor], Tensor]
 
 
-def data_of(config: Finetune | FixMatch, folder: Path) -> tuple[Index, Labelled, list[str]]:
+def data_of(config: Classifying, folder: Path) -> tuple[Index, Labelled, list[str]]:
     """What there is to learn from; lines for the log beside it.
 
     Answers are copied into the run's folder at its first start and read there from then on: people may go on to fill
@@ -90,7 +90,7 @@ def fingerprint(index: Index, splits: Sequence[str], known: Labelled) -> list[st
     return [*hashes(index, splits), digest]
 
 
-def build(config: Finetune | FixMatch, index: Index, device: torch.device) -> Classifier:
+def build(config: Classifying, index: Index, device: torch.device) -> Classifier:
     """The network as it is initialised by the seed alone."""
     torch.manual_seed(config.seed)
     frozen = isinstance(config, Finetune) and config.form != "full"
@@ -98,7 +98,7 @@ def build(config: Finetune | FixMatch, index: Index, device: torch.device) -> Cl
     return classifier.to(device).to(memory_format=torch.channels_last)
 
 
-def start_from(classifier: Classifier, config: Finetune | FixMatch, index: Index) -> list[str]:
+def start_from(classifier: Classifier, config: Classifying, index: Index) -> list[str]:
     """Lay the weights of the run to start from over it: the backbone's, and FixMatch goes on with its head too."""
     if not config.from_run:
         return ["from nothing: no --from"]
@@ -126,7 +126,7 @@ class Judge:
     """How often a classifier is right, on what it learned from and on val, seen whole; and its best so far."""
 
     def __init__(
-        self, config: Finetune | FixMatch, index: Index, loader: Loader, known: Labelled, device: torch.device
+        self, config: Classifying, index: Index, loader: Loader, known: Labelled, device: torch.device
     ) -> None:
         self.index, self.size, self.device = index, config.size, device
         self.train, self.positions = loader, loader.positions_of(known.ids)

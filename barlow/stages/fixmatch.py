@@ -185,7 +185,7 @@ def main(run_folder: str) -> None:
 
 def lengths(config: FixMatch, index: Index) -> Plan:
     """An epoch is one pass over the unlabelled images, mu B of them a step."""
-    count = index.images(dict.fromkeys(config.data.splits), config.data.limit)
+    count = index.images(config.data.splits, config.data.limit)
     batch = config.mu * config.batch_size
     order.unlabelled_steps(count, config.mu, config.batch_size)
     plan = plan_of(config, count, batch, config.evaluate_every)
