@@ -1,9 +1,10 @@
 """python benchmarks/few_labels.py [--data cifar10:DIR] [--form full|small] [--seeds 3] [--runs-dir DIR] [--at-once K]
 
 What 40, 250 and 4,000 labels of CIFAR-10 come to: a classifier on a pretrained backbone, and FixMatch from it; and what
-250 more labels are worth, asked for by each rule. Every number is val top-1 of a run that a launcher made; one backbone
-is pretrained, then seeds draw the labels and train. `full` is the recipe cifar10, for a GPU (hours); `small` a narrow
-network and short runs, for two CPU cores (an hour). The same command again goes on where it stopped."""
+as many labels again are worth to the classifier, asked for by each rule. Every number is val top-1 of a run that a
+launcher made; one backbone is pretrained, then seeds draw the labels and train. `full` is the recipe cifar10, for a GPU
+(hours); `small` a narrow network and short runs, for two CPU cores (two hours). The same command again goes on where it
+stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from barlow.files import read_json
 from measure import ROOT, Row, asked, device, report
 
-RULES = ("kmeans", "k-centre", "random")
+RULES = ("kmeans", "k-centre", "typical", "random")
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Form:
 
     recipe: str = "cifar10"
     labels: tuple[int, ...] = (4, 25, 400)  # a class
-    requested: int = 250  # images, besides the middle one of `labels`
+    requested: dict[int, int] = field(default_factory=lambda: {4: 40, 25: 250})  # images, beside so many labels a class
     pretrain: str = ""
     finetune: str = ""
     fixmatch: str = ""
     few: dict[int, str] = field(default_factory=dict)  # of finetune, for so many labels a class
+    many: dict[int, str] = field(default_factory=dict)  # of fixmatch
 
 
 FORMS = {
@@ -44,14 +46,16 @@ FORMS = {
         "--optim.no-clip --epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
         finetune="--epochs 60 --optim.lr 1e-3 --optim.lr-backbone 1e-3 --view.kind crop --view.scale 0.5 1.0 "
         "--evaluate-every 0 --log-every 100",
-        fixmatch="--batches two --epochs 4 --batch-size 32 --data.limit 22400 --ema 0.99 --lambda-u 3 --view.kind crop "
+        fixmatch="--precision bf16 --batches two --align 0.99 --threshold 0.5 --lambda-u 5 --optim.lr 0.1 "
+        "--optim.lr-backbone 0.1 --epochs 20 --batch-size 32 --data.limit 22400 --ema 0.99 --view.kind crop "
         "--view.scale 0.5 1.0 --evaluate-every 0 --log-every 100",
         few={4: "--batch-size 40 --epochs 100", 400: "--batch-size 250 --epochs 50"},
+        many={400: "--optim.lr 0.03 --optim.lr-backbone 0.03 --lambda-u 3"},
     ),
     "quick": Form(
         recipe="shapes",
         labels=(4,),
-        requested=24,
+        requested={4: 24},
         pretrain="--epochs 1 --data.limit 256 --batch-size 64 --knn.every-epochs 0 --knn.no-baselines",
         finetune="--epochs 1 --val-limit 64",
         fixmatch="--epochs 1 --data.limit 256 --batch-size 12 --val-limit 64",
@@ -83,36 +87,45 @@ class Runs:
         )
         return found
 
-    def trained(self, name: str, per_class: int, seed: int, *labels: str) -> dict[str, float]:
-        """Val top-1 of a classifier, and of FixMatch from it."""
-        same = [f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}", *labels]
+    def classifier(self, name: str, per_class: int, seed: int, *labels: str) -> dict[str, float]:
+        """Its val top-1."""
         few = self.form.few.get(per_class, "")
-        origin = f"--from {self.folder}/pretrain"
-        classifier = self.make("finetune", f"{name}-classifier", origin, self.form.finetune, few, *same)
-        origin = f"--from {self.folder}/{name}-classifier"
-        fixmatch = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, *same)
-        return {"classifier": classifier["val_top1"], "FixMatch": fixmatch["val_top1"]}
+        same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
+        found = self.make("finetune", name, f"--from {self.folder}/pretrain", self.form.finetune, few, same, *labels)
+        return {"classifier": found["val_top1"]}
 
-    def requested(self, rule: str, per_class: int, seed: int) -> dict[str, float]:
-        """The same with the labels that a rule asks for."""
+    def plain(self, per_class: int, seed: int) -> dict[str, float]:
+        """And that of FixMatch from it."""
+        name, same = f"{per_class}-{seed}", f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
+        classifier = self.classifier(f"{name}-classifier", per_class, seed)
+        origin = f"--from {self.folder}/{name}-classifier"
+        many = self.form.many.get(per_class, "")
+        found = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, many, same)
+        return classifier | {"FixMatch": found["val_top1"]}
+
+    def asked(self, rule: str, per_class: int, seed: int) -> dict[str, float]:
+        """A classifier with the labels that a rule asks for too."""
         same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class} --pool train --oracle"
-        name, count = f"{rule}-{seed}", self.form.requested
+        name, count = f"{per_class}-{seed}-{rule}", self.form.requested[per_class]
         self.make("label_request", name, f"--from {self.folder}/pretrain --rule {rule} --count {count}", same)
-        return self.trained(f"{name}-asked", per_class, seed, f"--labels {self.folder}/{name}/request.csv")
+        return self.classifier(f"{name}-classifier", per_class, seed, f"--labels {self.folder}/{name}/request.csv")
 
 
 def rows(form: Form, found: dict[tuple[str, int], list[dict[str, float]]], classes: int) -> Iterator[Row]:
     """In per cent, mean and range over seeds; and by how much a method is above the plain classifier, or a rule above
     chance, with the same labels to begin with."""
     for (rule, per_class), seeds in found.items():
-        for method in ("classifier", "FixMatch"):
+        for method in seeds[0]:
             top1 = [each[method] for each in seeds]
-            control = found.get(("random", per_class), []) if rule else seeds
-            than = [each["classifier" if not rule else method] for each in control]
-            row: Row = {"labels": per_class * classes, "asked_for": form.requested if rule else 0, "by": rule}
+            control = found["random", per_class] if rule else seeds
+            row: Row = {
+                "labels": per_class * classes,
+                "asked_for": form.requested[per_class] if rule else 0,
+                "by": rule,
+            }
             row |= {"method": method, "top1": round(statistics.mean(top1), 2)}
             row |= {"least": round(min(top1), 2), "most": round(max(top1), 2), "seeds": len(top1)}
-            gained = [a - b for a, b in zip(top1, than, strict=True)]
+            gained = [a - b["classifier"] for a, b in zip(top1, control, strict=True)]
             row |= {"gain": round(statistics.mean(gained), 2), "than": "random" if rule else "classifier"}
             row |= {"gain_least": round(min(gained), 2), "gain_most": round(max(gained), 2)}
             yield row
@@ -126,11 +139,12 @@ def main(options: argparse.Namespace) -> None:
     source = "shapes" if options.quick else options.data
     data = f"--data.source {source} --data.dir {folder}/shards"
     pretrained = whole.make("pretrain", "pretrain", form.pretrain, data)
-    middle = form.labels[len(form.labels) // 2]
     seeds = range(options.seeds)
     with ThreadPoolExecutor(options.at_once) as pool:
-        plain = {("", n): [pool.submit(runs.trained, f"{n}-{seed}", n, seed) for seed in seeds] for n in form.labels}
-        asking = {(rule, middle): [pool.submit(runs.requested, rule, middle, s) for s in seeds] for rule in RULES}
+        plain = {("", n): [pool.submit(runs.plain, n, seed) for seed in seeds] for n in form.labels}
+        asking = {
+            (rule, n): [pool.submit(runs.asked, rule, n, s) for s in seeds] for n in form.requested for rule in RULES
+        }
         found = {key: [future.result() for future in futures] for key, futures in (plain | asking).items()}
     classes = len(read_json(folder / "shards" / "index.json")["classes"])
     table = list(rows(form, found, classes))

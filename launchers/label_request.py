@@ -1,4 +1,4 @@
-"""python launchers/label_request.py [RECIPE] --from RUN [--rule kmeans|k-centre|random] [--count N] [--oracle]
+"""python launchers/label_request.py [RECIPE] --from RUN [--rule kmeans|k-centre|typical|random] [--count N] [--oracle]
                                     [--labels answered.csv ...] [--cluster auto|slurm|local] [--run NAME] [--dry-run]
 
 Chooses the images whose labels would help most, as the network of a run sees them, and writes them to request.csv in

@@ -1,5 +1,5 @@
 """python launchers/reproduce.py PAPER [--nodes N] [--scale 0.01] [--data.source SOURCE] [--answered requests.csv]
-                                [--rules kmeans k-centre random] [--cluster auto|slurm|local] [--run NAME] [--dry-run]
+                                [--rules kmeans typical random] [--cluster auto|slurm|local] [--run NAME] [--dry-run]
 
 The whole chain of a paper as dependent jobs, then its table beside ours: on a SLURM cluster, or here. The same command
 again goes on where it stopped. --scale makes a rehearsal of it, in minutes on a CPU. --help lists every flag."""

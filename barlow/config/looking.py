@@ -16,8 +16,9 @@ class Request(Run):
 
     from_run: str = ""
     """The run whose backbone sees the images: its folder, or one of its checkpoints."""
-    rule: Literal["kmeans", "k-centre", "random"] = "kmeans"
-    """kmeans: farthest from the labelled ones' centres. k-centre: also far from each other. random: the control."""
+    rule: Literal["kmeans", "k-centre", "typical", "random"] = "kmeans"
+    """kmeans: farthest from the labelled ones' centres. k-centre: also far from each other. typical: amid images like
+    it, of which none is labelled. random: the control."""
     count: int = 12800
     """Images to choose."""
     oracle: bool = False

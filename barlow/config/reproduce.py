@@ -32,7 +32,7 @@ class Reproduce:
     """Of all stages."""
     answered: tuple[str, ...] = ()
     """The request, answered by people: CSV files. None: the labels that the shards have, if they have them."""
-    rules: tuple[Literal["kmeans", "k-centre", "random"], ...] = ("kmeans",)
+    rules: tuple[Literal["kmeans", "k-centre", "typical", "random"], ...] = ("kmeans",)
     """How images are chosen for the request: once, and trained with, for each of these."""
     pretrain: Pretrain = field(default_factory=Pretrain)
     finetune: Finetune = field(default_factory=Finetune)

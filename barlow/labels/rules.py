@@ -1,11 +1,13 @@
-"""Which images to ask labels for: three rules, each a function of features and a seed.
+"""Which images to ask labels for: four rules, each a function of features and a seed.
 
 Features are rows of unit length (`unit`), in the order of sample ids; what is chosen is told as rows of the pool, the
-most wanted first, so that any beginning of a request is a request by the same rule."""
+most wanted first. Any beginning of a request is a request by the same rule, but where images are typical: these are
+chosen for their number."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from heapq import heapify, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from barlow.data.chance import Use, words
-from barlow.labels.kmeans import distances, kmeans
+from barlow.labels.kmeans import assign, distances, kmeans
 
 Told = Callable[[int], object]  # of how many are chosen so far
 
@@ -22,6 +24,13 @@ CANDIDATES = 1024
 CELLS = 1 << 24
 """Similarities at a time: 64 MB."""
 TAKEN = float("inf")
+CLUSTERS = 500
+"""At most; of typical images."""
+SAMPLE = 64
+"""Images a cluster, from which its centre is found."""
+NEIGHBOURS = 20
+OUTLIERS = 5
+"""A cluster of fewer images than these comes last."""
 
 
 class Chosen(NamedTuple):
@@ -74,6 +83,57 @@ def k_centre_greedy(labelled: Tensor, pool: Tensor, count: int, told: Told = lam
         told(done)
     cosine = torch.from_numpy(np.concatenate(cosines))
     return Chosen(torch.cat(rows), (2 - 2 * cosine).clamp(min=0).sqrt())
+
+
+def typical(labelled: Tensor, pool: Tensor, count: int, seed: int, told: Told = lambda done: None) -> Chosen:
+    """TypiClust (Hacohen et al. 2022), for few labels: all images in as many clusters as there will be labels, 500 at
+    most; again and again, of the cluster with the fewest labelled or chosen images, and the largest of such, the most
+    typical image, which is the one with the least mean distance to its 20 nearest neighbours there."""
+    centres = centres_of(labelled, pool, len(labelled) + count, seed, lambda: told(0))
+    own, theirs = assign(pool, centres), assign(labelled, centres)
+    known = torch.bincount(theirs, minlength=len(centres)).tolist()
+    size = torch.bincount(own, minlength=len(centres)).tolist()
+    next_ones = [(n + at < OUTLIERS, at, -n - at, k) for k, (n, at) in enumerate(zip(size, known, strict=True)) if n]
+    heapify(next_ones)
+    sorted_ones: dict[int, tuple[Tensor, Tensor]] = {}
+    rows, far = [], []
+    for done in range(count):
+        outlying, at, size_below_0, k = next_ones[0]
+        if k not in sorted_ones:
+            inside = (own == k).nonzero().squeeze(1)
+            mean = mean_distance(pool[inside], torch.cat((pool[inside], labelled[theirs == k])))
+            mean, order = mean.sort(stable=True)
+            sorted_ones[k] = inside[order].cpu(), mean.cpu()
+            told(done)
+        nth = at - known[k]
+        rows.append(sorted_ones[k][0][nth])
+        far.append(sorted_ones[k][1][nth])
+        left = nth + 1 < size[k]
+        heapreplace(next_ones, (outlying, at + 1, size_below_0, k) if left else (True, len(pool), 0, k))
+    return Chosen(torch.stack(rows), torch.stack(far))
+
+
+def centres_of(labelled: Tensor, pool: Tensor, k: int, seed: int, beat: Callable[[], object]) -> Tensor:
+    """Of up to k clusters, by images that the seed draws from all of them."""
+    n = len(labelled) + len(pool)
+    k = min(k, CLUSTERS, n)
+    bits = words(seed, Use.CLUSTERS, 0, torch.arange(n), slots=1)[:, 0]
+    drawn = torch.argsort(bits[:, 0] << 31 | bits[:, 1] >> 1, stable=True)[: SAMPLE * k].sort().values.to(pool.device)
+    known = drawn < len(labelled)
+    return kmeans(torch.cat((labelled[drawn[known]], pool[drawn[~known] - len(labelled)])), k, seed, 1, beat).centres
+
+
+def mean_distance(some: Tensor, every: Tensor) -> Tensor:
+    """Of each of `some` [m, d], which come first among `every` [n, d], to its nearest neighbours there."""
+    near = min(NEIGHBOURS, len(every) - 1)
+    found = []
+    for first in range(0, len(some), size := max(1, CELLS // len(every))):
+        part = some[first : first + size]
+        cosines = part @ every.T
+        cosines.diagonal(first).fill_(-TAKEN)  # an image is no neighbour of its own
+        cosine = cosines.topk(near, dim=1).values.clamp(max=1)
+        found.append((2 - 2 * cosine).sqrt().mean(1) if near else part.new_zeros(len(part)))
+    return torch.cat(found)
 
 
 def at_random(ids: np.ndarray, count: int, seed: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,28 @@ from barlow import dist
 from barlow.models.norm import forgetful
 
 
+class Alignment(nn.Module):
+    """Distribution alignment (ReMixMatch, Berthelot et al. 2020): answers are weighed so that on the whole each class
+    comes as often as among the labels. Without it a class that is easily told may take the others' images over."""
+
+    prior: Tensor
+    given: Tensor
+
+    def __init__(self, labels: Tensor, classes: int, decay: float) -> None:
+        """`labels` [n]; the mean answer is one over some 1 / (1 - decay) steps."""
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("prior", torch.bincount(labels, minlength=classes) / len(labels))
+        self.register_buffer("given", self.prior.clone())
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Answers [m, classes] of this rank -> the same, aligned by those of all ranks up to now."""
+        mean = dist.replicated_sum(q.sum(0)) / (len(q) * dist.world_size())
+        self.given.lerp_(mean.to(self.given.dtype), 1 - self.decay)
+        aligned = q * (self.prior / self.given.clamp(min=1e-6))
+        return aligned / aligned.sum(1, keepdim=True)
+
+
 class FixMatch(nn.Module):
     def __init__(
         self,
@@ -21,9 +43,10 @@ class FixMatch(nn.Module):
         lambda_u: float,
         temperature: float,
         batches: Literal["one", "two"] = "one",
+        alignment: Alignment | None = None,
     ) -> None:
         super().__init__()
-        self.classifier, self.batches = classifier, batches
+        self.classifier, self.batches, self.alignment = classifier, batches, alignment
         self.threshold, self.lambda_u, self.temperature = threshold, lambda_u, temperature
 
     def forward(self, given: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -40,7 +63,7 @@ class FixMatch(nn.Module):
             of_images, of_weak = self.classifier(joined(images, weak)).split([n, m])
             with forgetful(self.classifier):
                 of_strong = self.classifier(strong)
-        knobs = (self.threshold, self.lambda_u, self.temperature)
+        knobs = (self.threshold, self.lambda_u, self.temperature, self.alignment)
         return fixmatch_loss(of_images, of_weak, of_strong, labels, truth, *knobs)
 
 
@@ -57,21 +80,23 @@ def fixmatch_loss(
     threshold: float,
     lambda_u: float = 1.0,
     temperature: float = 1.0,
+    align: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Equations 3 to 5 of BarlowMatch, over the batches of all ranks: l_l + lambda_u l_u, with
 
     l_l = mean over labelled images of H(label, p(logits)),
     l_u = mean over unlabelled ones of 1(max q >= threshold) H(argmax q, p(strong)), q = softmax(weak / temperature).
 
-    q is a target: no gradient flows through it. Logits are [n, classes], [m, classes] and [m, classes] on each rank.
-    Metrics: both losses; in per cent the labelled images that are right, the unlabelled ones that count (mask), and of
-    those whose true label is known, the ones whose pseudo-label is right (NaN while there are none).
+    q may be aligned first, and is a target: no gradient flows through it. Logits are [n, classes], [m, classes] and
+    [m, classes] on each rank. Metrics: both losses; in per cent the labelled images that are right, the unlabelled ones
+    that count (mask), and of those whose true label is known, the ones whose pseudo-label is right (NaN: of none).
     """
     n, m = len(labels), len(weak)
     world = dist.world_size()
     logits, weak, strong = (each if each.dtype == torch.float64 else each.float() for each in (logits, weak, strong))
     entropy = F.cross_entropy(logits, labels, reduction="sum")
-    sure, guess = torch.softmax(weak.detach() / temperature, dim=1).max(dim=1)  # [m] each
+    q = torch.softmax(weak.detach() / temperature, dim=1)
+    sure, guess = (align(q) if align else q).max(dim=1)  # [m] each
     mask = sure >= threshold
     consistency = (F.cross_entropy(strong, guess, reduction="none") * mask).sum()
 

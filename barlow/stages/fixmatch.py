@@ -32,6 +32,7 @@ from barlow.engine.record import Recorder
 from barlow.engine.run import load_config
 from barlow.models.ema import Average
 from barlow.models.resnet import choose_norms
+from barlow.objectives.fixmatch import Alignment
 from barlow.objectives.fixmatch import FixMatch as Objective
 from barlow.optim.groups import weights_and_biases_apart
 from barlow.optim.schedule import fixmatch_cosine
@@ -65,7 +66,10 @@ def main(run_folder: str) -> None:
     plan = together(lambda: lengths(config, index))
     classifier = build(config, index, device)
     norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
-    objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature, config.batches)
+    alignment = None
+    if config.align:
+        alignment = Alignment(torch.from_numpy(known.labels), len(index.classes), config.align).to(device)
+    objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature, config.batches, alignment)
     told = ready(config, here, index, [*splits, "val"], config.data.stage, objective, copies=3 + bool(config.ema))
     near = staging.staged(index, [*splits, "val"], config.data.stage)
     loader = together(lambda: Loader(near, splits, workers=config.data.workers, pin=device.type == "cuda"))
@@ -100,6 +104,8 @@ def main(run_folder: str) -> None:
             load_weights(average.model, stored["model"], f"of step {stored['step']}")
         optimizer.load_state_dict(stored["optimizer"])
         bins.load_state_dict(stored["bins"])
+        if alignment:
+            alignment.load_state_dict(stored["alignment"])
         start = stored["step"]
 
     recorder = Recorder(folder, dist.rank(), plan.steps, start)
@@ -160,6 +166,8 @@ def main(run_folder: str) -> None:
         weights = {"model": judged.state_dict()}
         if average:
             weights["learning"] = classifier.state_dict()
+        if alignment:
+            weights["alignment"] = alignment.state_dict()
         return {**weights, "optimizer": optimizer.state_dict(), "bins": bins.state_dict(), **about}
 
     def evaluate() -> Iterator[tuple[str, float]]:

@@ -140,6 +140,8 @@ def choose(
     labelled, others = features[:known], features[known:]
     if config.rule == "kmeans":
         return rules.farthest_from_centres(labelled, others, len(index.classes), config.count, config.seed, told)
+    if config.rule == "typical":
+        return rules.typical(labelled, others, config.count, config.seed, told)
     return rules.k_centre_greedy(labelled, others, config.count, told)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from barlow.labels import rules
-from barlow.labels.kmeans import kmeans
-from barlow.labels.rules import at_random, farthest_from_centres, k_centre_greedy, unit
+from barlow.labels.kmeans import Clusters, kmeans
+from barlow.labels.rules import at_random, farthest_from_centres, k_centre_greedy, typical, unit
 
 
 def features(n: int, d: int = 32, groups: int = 20, seed: int = 0) -> Tensor:
@@ -97,6 +99,80 @@ def test_k_centre_keeps_its_choices_apart() -> None:
     assert (spread >= 1000).sum() == 1
 
 
+def typical_one_at_a_time(labelled: Tensor, pool: Tensor, count: int, centres: Tensor) -> tuple[list[int], list[float]]:
+    every = torch.cat((pool, labelled)).double()
+    cluster = torch.cdist(every, centres.double()).argmin(1)
+    covered, left = cluster[len(pool) :].tolist(), list(range(len(pool)))
+    rows, far = [], []
+    for _ in range(count):
+
+        def rank(k: int) -> tuple[bool, int, int, int]:
+            size = int((cluster == k).sum())
+            return size < 5, covered.count(k), -size, k
+
+        k = min({int(cluster[row]) for row in left}, key=rank)
+        inside = every[cluster == k]
+
+        def mean(row: int, inside: Tensor = inside) -> float:
+            near = (inside - every[row]).norm(dim=1).sort().values[1:21]  # the first is the image itself
+            return float(near.mean()) if len(near) else 0.0
+
+        best = min((row for row in left if cluster[row] == k), key=mean)
+        rows.append(best)
+        far.append(mean(best))
+        covered.append(k)
+        left.remove(best)
+    return rows, far
+
+
+@pytest.mark.parametrize(("known", "count", "clusters"), [(30, 60, 500), (100, 60, 20), (5, 200, 500)])
+@pytest.mark.parametrize("cells", [700, 1 << 24])
+def test_typical_images_are_those_of_the_definition(
+    monkeypatch: pytest.MonkeyPatch, known: int, count: int, clusters: int, cells: int
+) -> None:
+    monkeypatch.setattr(rules, "CELLS", cells)
+    monkeypatch.setattr(rules, "CLUSTERS", clusters)
+    labelled, pool = features(known), features(400, seed=1)
+    found = typical(labelled, pool, count, seed=2)
+    centres = rules.centres_of(labelled, pool, known + count, 2, lambda: None)
+    assert len(centres) == min(known + count, clusters)
+    rows, far = typical_one_at_a_time(labelled, pool, count, centres)
+    np.testing.assert_allclose(found.distances.numpy(), far, rtol=1e-4, atol=1e-3)
+    assert found.rows.tolist() == rows
+
+
+def test_typical_images_are_of_groups_without_a_label_and_no_outliers() -> None:
+    chance = torch.Generator().manual_seed(0)
+    centres = unit(torch.randn(24, 32, generator=chance))
+    groups = unit(centres[:, None] + 0.02 * torch.randn(24, 50, 32, generator=chance)).flatten(0, 1)
+    strange = unit(torch.randn(3, 32, generator=chance))
+    found = typical(groups[: 4 * 50 : 50], torch.cat((groups, strange)), 20, seed=0).rows
+    assert sorted((found // 50).tolist()) == list(range(4, 24))
+
+
+def test_the_whole_pool_may_be_asked_for_as_typical() -> None:
+    done: list[int] = []
+    found = typical(features(10), features(80, seed=1), 80, 0, done.append)
+    assert sorted(found.rows.tolist()) == list(range(80))
+    assert done == sorted(done)
+
+
+def test_centres_are_found_from_a_part_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "SAMPLE", 8)
+    labelled, pool = features(40), features(4000, seed=1)
+    seen: list[Tensor] = []
+
+    def clustered(points: Tensor, *more: Any) -> Clusters:
+        seen.append(points)
+        return kmeans(points, *more)
+
+    monkeypatch.setattr(rules, "kmeans", clustered)
+    found = typical(labelled, pool, 20, seed=0)
+    assert [len(points) for points in seen] == [8 * 60]
+    assert len(set(found.rows.tolist())) == 20
+    assert not torch.equal(found.rows, typical(labelled, pool, 20, seed=1).rows)
+
+
 def test_the_control_is_drawn_by_seed_and_ids() -> None:
     ids = np.arange(5000, 9000)
     few, more, other = at_random(ids, 100, 0), at_random(ids, 1000, 0), at_random(ids, 100, 1)
@@ -116,6 +192,7 @@ def test_a_gpu_chooses_the_same() -> None:
     for rule in (
         lambda a, b: k_centre_greedy(a, b, 300).rows,
         lambda a, b: farthest_from_centres(a, b, 20, 300, 0).rows,
+        lambda a, b: typical(a, b, 300, 0).rows,
     ):
         here, there = rule(labelled, pool), rule(labelled.cuda(), pool.cuda())
         assert len(set(here.tolist()) & set(there.tolist())) > 295  # but for what lies within rounding

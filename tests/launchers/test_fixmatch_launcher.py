@@ -29,7 +29,9 @@ from tests.launchers.test_finetune_launcher import (
 from tests.launchers.test_pretrain import one_line
 from tests.stages.test_classifiers import asked, pretrained_run
 
-FLAGS = "--epochs 5 --batch-size 4 --mu 6 --labelled.per-class 2 --threshold 0.15 --ema 0.9 --strong.kind both"
+FLAGS = (
+    "--epochs 5 --batch-size 4 --mu 6 --labelled.per-class 2 --threshold 0.15 --ema 0.9 --align 0.9 --strong.kind both"
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def test_killed_and_begun_again_it_ends_with_the_same_bits(runs: tuple[Path, Pat
     """The network and its average, momentum, CTAugment's bins, the best so far, and every number on the way."""
     assert_same_bits(*runs)
     kept = load(find(str(runs[0])))
-    assert set(kept) == {"model", "learning", "optimizer", "bins", "step", "config", "data", "classes"}
+    assert set(kept) == {"model", "learning", "alignment", "optimizer", "bins", "step", "config", "data", "classes"}
     assert not torch.equal(kept["model"]["head.0.weight"], kept["learning"]["head.0.weight"])
     assert float(kept["bins"]["weights"].min()) < 1  # they have learned
     assert "momentum_buffer" in kept["optimizer"]["state"][0]

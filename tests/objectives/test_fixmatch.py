@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from barlow import dist
-from barlow.objectives.fixmatch import FixMatch, fixmatch_loss
+from barlow.objectives.fixmatch import Alignment, FixMatch, fixmatch_loss
 from barlow.stages.training import distribute
 
 Ranks = Callable[..., list[Any]]
@@ -153,6 +153,30 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     assert float(ours) == pytest.approx(float(exact), rel=2e-2)
 
 
+def test_aligned_answers_are_those_of_the_definition() -> None:
+    """Normalise(q p / p~) of ReMixMatch (section 3.1), p the labels' frequencies, p~ the mean answer as it moves."""
+    align, labels = aligned(), [1, 2, 1, 1, 3]  # so many of 8
+    p = [n / 8 for n in labels]
+    mean = list(p)
+    for seed in range(3):
+        q = torch.softmax(drawn(seed=seed)[1], dim=1)
+        rows = q.tolist()
+        mean = [0.6 * mean[k] + 0.4 * sum(row[k] for row in rows) / len(rows) for k in range(CLASSES)]
+        weighed = [[row[k] * p[k] / mean[k] for k in range(CLASSES)] for row in rows]
+        expected = [[each / sum(row) for each in row] for row in weighed]
+        assert_same(align(q), torch.tensor(expected, dtype=torch.float64))
+        assert_same(align.given, torch.tensor(mean, dtype=torch.float64))
+
+
+def test_alignment_gives_a_class_that_is_seldom_said_its_images_back() -> None:
+    one = torch.zeros(10, 2, dtype=torch.float64)
+    one[:, 0], one[5:, 1] = 1.0, 0.8  # all are taken for the first class, half of them barely
+    labels, truth = torch.tensor([0, 1]), torch.tensor([0] * 5 + [1] * 5)
+    align = Alignment(labels, 2, 0.0)
+    found = [fixmatch_loss(one[:2], one, one, labels, truth, 0.0, 1.0, 1.0, each)[1] for each in (None, align)]
+    assert [metrics["pseudo_top1"].item() for metrics in found] == [50, 100]
+
+
 class Tiny(nn.Module):
     """A classifier with batch norms, before and after its features are pooled."""
 
@@ -173,10 +197,14 @@ def images(n: int, m: int) -> list[Tensor]:
     return [own, labels, weak, 0.7 * weak + 0.3 * strong, truth]
 
 
-def train(threshold: float, batches: Literal["one", "two"] = "one") -> dict[str, Any]:
+def aligned(decay: float = 0.6) -> Alignment:
+    return Alignment(torch.tensor([0, 1, 1, 2, 3, 4, 4, 4]), CLASSES, decay).double()
+
+
+def train(threshold: float, batches: Literal["one", "two"] = "one", align: bool = False) -> dict[str, Any]:
     """Three steps of gradient descent on this rank's part of batches of 6 and 18."""
     torch.manual_seed(0)
-    objective = FixMatch(Tiny().double(), threshold, lambda_u=0.7, temperature=0.9, batches=batches)
+    objective = FixMatch(Tiny().double(), threshold, 0.7, 0.9, batches, aligned() if align else None)
     model = distribute(objective, torch.device("cpu"))
     rank, world = dist.rank(), dist.world_size()
     given = [part.chunk(world)[rank] for part in images(6, 18)]
@@ -194,7 +222,7 @@ def train(threshold: float, batches: Literal["one", "two"] = "one") -> dict[str,
 
 
 def train_cases() -> list[dict[str, Any]]:
-    return [train(0.5), train(1.01), train(0.5, "two")]
+    return [train(0.5), train(1.01), train(0.5, "two"), train(0.4, align=True)]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
