@@ -31,16 +31,16 @@ class Form:
 
     recipe: str = "cifar10"
     labels: tuple[int, ...] = (4, 25, 400)  # a class
-    requested: dict[int, int] = field(default_factory=lambda: {4: 40, 25: 250})  # images, beside so many labels a class
+    requested: tuple[int, ...] = (4, 25)  # of these; as many again are asked for
     pretrain: str = ""
     finetune: str = ""
     fixmatch: str = ""
-    few: dict[int, str] = field(default_factory=dict)  # of finetune, for so many labels a class
-    many: dict[int, str] = field(default_factory=dict)  # of fixmatch
+    finetune_for: dict[int, str] = field(default_factory=dict)  # so many labels a class
+    fixmatch_for: dict[int, str] = field(default_factory=dict)
 
 
 FORMS = {
-    "full": Form(few={4: "--batch-size 40", 400: "--batch-size 256 --epochs 50 --evaluate-every 10"}),
+    "full": Form(finetune_for={4: "--batch-size 40", 400: "--batch-size 256 --epochs 50 --evaluate-every 10"}),
     "small": Form(
         pretrain="--model.backbone resnet18 --model.stem dense --model.width 0.25 --model.projector 512 512 "
         "--optim.no-clip --epochs 20 --optim.warmup-epochs 1 --knn.every-epochs 5 --log-every 100",
@@ -49,17 +49,17 @@ FORMS = {
         fixmatch="--precision bf16 --batches two --align 0.99 --threshold 0.5 --lambda-u 5 --optim.lr 0.1 "
         "--optim.lr-backbone 0.1 --epochs 20 --batch-size 32 --data.limit 22400 --ema 0.99 --view.kind crop "
         "--view.scale 0.5 1.0 --evaluate-every 0 --log-every 100",
-        few={4: "--batch-size 40 --epochs 100", 400: "--batch-size 250 --epochs 50"},
-        many={400: "--optim.lr 0.03 --optim.lr-backbone 0.03 --lambda-u 3"},
+        finetune_for={4: "--batch-size 40 --epochs 100", 400: "--batch-size 250 --epochs 50"},
+        fixmatch_for={400: "--optim.lr 0.03 --optim.lr-backbone 0.03 --lambda-u 3"},
     ),
     "quick": Form(
         recipe="shapes",
         labels=(4,),
-        requested={4: 24},
+        requested=(4,),
         pretrain="--epochs 1 --data.limit 256 --batch-size 64 --knn.every-epochs 0 --knn.no-baselines",
         finetune="--epochs 1 --val-limit 64",
         fixmatch="--epochs 1 --data.limit 256 --batch-size 12 --val-limit 64",
-        few={4: "--batch-size 48"},
+        finetune_for={4: "--batch-size 48"},
     ),
 }
 
@@ -89,9 +89,9 @@ class Runs:
 
     def classifier(self, name: str, per_class: int, seed: int, *labels: str) -> dict[str, float]:
         """Its val top-1."""
-        few = self.form.few.get(per_class, "")
+        over = self.form.finetune_for.get(per_class, "")
         same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
-        found = self.make("finetune", name, f"--from {self.folder}/pretrain", self.form.finetune, few, same, *labels)
+        found = self.make("finetune", name, f"--from {self.folder}/pretrain", self.form.finetune, over, same, *labels)
         return {"classifier": found["val_top1"]}
 
     def plain(self, per_class: int, seed: int) -> dict[str, float]:
@@ -99,19 +99,19 @@ class Runs:
         name, same = f"{per_class}-{seed}", f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
         classifier = self.classifier(f"{name}-classifier", per_class, seed)
         origin = f"--from {self.folder}/{name}-classifier"
-        many = self.form.many.get(per_class, "")
-        found = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, many, same)
+        over = self.form.fixmatch_for.get(per_class, "")
+        found = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, over, same)
         return classifier | {"FixMatch": found["val_top1"]}
 
-    def asked(self, rule: str, per_class: int, seed: int) -> dict[str, float]:
+    def with_request(self, rule: str, per_class: int, seed: int, count: int) -> dict[str, float]:
         """A classifier with the labels that a rule asks for too."""
         same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class} --pool train --oracle"
-        name, count = f"{per_class}-{seed}-{rule}", self.form.requested[per_class]
+        name = f"{per_class}-{seed}-{rule}"
         self.make("label_request", name, f"--from {self.folder}/pretrain --rule {rule} --count {count}", same)
         return self.classifier(f"{name}-classifier", per_class, seed, f"--labels {self.folder}/{name}/request.csv")
 
 
-def rows(form: Form, found: dict[tuple[str, int], list[dict[str, float]]], classes: int) -> Iterator[Row]:
+def rows(found: dict[tuple[str, int], list[dict[str, float]]], classes: int) -> Iterator[Row]:
     """In per cent, mean and range over seeds; and by how much a method is above the plain classifier, or a rule above
     chance, with the same labels to begin with."""
     for (rule, per_class), seeds in found.items():
@@ -120,7 +120,7 @@ def rows(form: Form, found: dict[tuple[str, int], list[dict[str, float]]], class
             control = found["random", per_class] if rule else seeds
             row: Row = {
                 "labels": per_class * classes,
-                "asked_for": form.requested[per_class] if rule else 0,
+                "asked_for": per_class * classes if rule else 0,
                 "by": rule,
             }
             row |= {"method": method, "top1": round(statistics.mean(top1), 2)}
@@ -139,15 +139,16 @@ def main(options: argparse.Namespace) -> None:
     source = "shapes" if options.quick else options.data
     data = f"--data.source {source} --data.dir {folder}/shards"
     pretrained = whole.make("pretrain", "pretrain", form.pretrain, data)
-    seeds = range(options.seeds)
+    seeds, classes = range(options.seeds), len(read_json(folder / "shards" / "index.json")["classes"])
     with ThreadPoolExecutor(options.at_once) as pool:
         plain = {("", n): [pool.submit(runs.plain, n, seed) for seed in seeds] for n in form.labels}
         asking = {
-            (rule, n): [pool.submit(runs.asked, rule, n, s) for s in seeds] for n in form.requested for rule in RULES
+            (rule, n): [pool.submit(runs.with_request, rule, n, s, n * classes) for s in seeds]
+            for n in form.requested
+            for rule in RULES
         }
         found = {key: [future.result() for future in futures] for key, futures in (plain | asking).items()}
-    classes = len(read_json(folder / "shards" / "index.json")["classes"])
-    table = list(rows(form, found, classes))
+    table = list(rows(found, classes))
     for row in table:
         row |= {"network": options.form, "knn": round(pretrained.get("knn_top1", 0), 2)}
     report("few_labels", table, options.quick)

@@ -20,10 +20,9 @@ from barlow.files import read_json, read_status, write_status
 from barlow.papers import barlowmatch
 from barlow.papers.barlowmatch import Part
 from barlow.recipes import REPRODUCE
-from barlow.stages.fits import fits
 from slurm.chain import Chain, Link
 from slurm.cluster import Cluster, resolve
-from start import ROOT, absolute, elsewhere, found
+from start import ROOT, absolute, elsewhere, found, refuse_unfit
 
 SECTIONS = ("pretrain", "finetune", "fixmatch", "request", "visualize")
 SHARED = ("seed", "device", "data", "labelled")  # by all runs of a chain
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     awaited = [path for path in requests if not Path(path).exists()]
     for part in parts:
         with cli.named(part.config.run):
-            fits(without(part.config, awaited), index)
+            refuse_unfit(without(part.config, awaited), index)
     chain = Chain(folder_of(asked), [link(part, cluster) for part in parts])
     if not cluster.dry_run:
         make_again(parts[-1])

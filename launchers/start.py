@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from barlow import cli
-from barlow.config import Run, Shards, Visualize
-from barlow.data.shards import read_index
+from barlow.config import Finetune, FixMatch, Pretrain, Request, Run, Shards, Visualize
+from barlow.data import order
+from barlow.data.shards import Index, read_index
 from barlow.engine import origin
 from barlow.engine.origin import Asked
 from barlow.engine.run import folder_of, prepare, refuse_other_config
 from barlow.errors import UserError
-from barlow.stages.fits import fits
+from barlow.labels import table
 from slurm.cluster import Cluster, resolve
 from slurm.sweep import Runs
 
@@ -51,7 +52,7 @@ def start(
     for config in configs:
         with cli.named(config.run if len(configs) > 1 else ""):
             if found(config.data, cluster.dry_run):
-                fits(config, read_index(config.data.dir))
+                refuse_unfit(config, read_index(config.data.dir))
     for config in configs if not cluster.dry_run else ():
         prepare(config, shlex.join(["python", script, *argv]), ROOT)
     return runs.launch(f"barlow.stages.{stage}", cluster)
@@ -75,6 +76,25 @@ def has_saved(config: Asked) -> None:
     own = any((folder_of(config) / "checkpoints").glob("*.pt"))
     if config.from_run and origin.awaited(config.from_run) and not own:
         raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
+
+
+def refuse_unfit(config: Run, index: Index) -> None:
+    """What a run asks of its data that these shards have not."""
+    match config:
+        case Pretrain():
+            order.steps_per_epoch(index.images(config.data.splits, config.data.limit), config.batch_size)
+        case Finetune():
+            order.steps_per_epoch(len(table.learnable(config, index).ids), config.batch_size)
+        case FixMatch():
+            table.learnable(config, index)
+            order.unlabelled_steps(index.images(config.data.splits, config.data.limit), config.mu, config.batch_size)
+        case Request():
+            table.asked(config, index)
+        case Visualize():
+            split = index.split(config.split)
+            last = split.first_id + split.count - 1
+            if wrong := [i for i in config.ids if not split.first_id <= i <= last]:
+                raise UserError(f"--ids {wrong[0]}: samples of {config.split} are {split.first_id} to {last}")
 
 
 def absolute(path: str) -> str:

@@ -17,6 +17,7 @@ MAY = {
         "barlow.recipes",
         "barlow.stages",
         "barlow.data",
+        "barlow.labels",
         "barlow.engine.origin",
         "barlow.engine.run",
         "barlow.papers",

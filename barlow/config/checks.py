@@ -59,9 +59,13 @@ def of_training(c: Any) -> list[Rule]:
     return rules + of_run(c)
 
 
+def of_splits(c: Any, name: str, example: str) -> list[Rule]:
+    given = attrgetter(name)(c)
+    return [(name, 0 < len(given) == len(set(given)), f"at least one split, each once, as in {example}")]
+
+
 def of_labels(c: Any) -> list[Rule]:
-    splits = ("labelled.splits", bool(c.labelled.splits), "at least one split, as in train")
-    return [splits, *not_negative(c, ("labelled.per_class",))]
+    return of_splits(c, "labelled.splits", "train") + not_negative(c, ("labelled.per_class",))
 
 
 def of_classifier(c: Any) -> list[Rule]:

@@ -11,6 +11,7 @@ from barlow.config.checks import (
     below_1,
     not_negative,
     of_classifier,
+    of_splits,
     probabilities,
     refuse,
 )
@@ -38,8 +39,8 @@ class FixMatch(Classifying):
     """one: all views go through the network at once. two: strong views by themselves, and batch norms remember the
     statistics of the others alone, which are those of the images that will be judged."""
     align: float = 0.0
-    """Decay of the mean answer by which answers are weighed, so that each class comes as often as among the labels
-    (ReMixMatch's distribution alignment); 0: they count as they are."""
+    """Decay of the mean answer by which answers are weighed, so that each class comes as often as among the labels,
+    those that were asked for left out (ReMixMatch's distribution alignment); 0: they count as they are."""
     ema: float = 0.0
     """Decay of the average of the weights, which is what is evaluated then; 0: none."""
     data: Data = field(default_factory=Data)
@@ -51,5 +52,4 @@ class FixMatch(Classifying):
         rules += probabilities(self, ("threshold", "strong.cutout", "strong.threshold", "strong.decay"))
         rules += not_negative(self, ("lambda_u", "optim.lr", "optim.lr_backbone", "optim.weight_decay", "data.limit"))
         rules += above_0(self, ("temperature",)) + below_1(self, ("align", "ema", "optim.momentum"))
-        rules += [("data.splits", bool(self.data.splits), "at least one split, as in unlabeled train")]
-        refuse(self, rules)
+        refuse(self, rules + of_splits(self, "data.splits", "unlabeled train"))

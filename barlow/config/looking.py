@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barlow.config.checks import at_least_1, not_negative, of_labels, of_run, refuse
-from barlow.config.parts import Labelled, Shards
+from barlow.config.checks import at_least_1, not_negative, of_labels, of_run, of_splits, refuse
+from barlow.config.parts import Labelled
 from barlow.config.runs import Run
 
 
@@ -31,12 +31,11 @@ class Request(Run):
     """Earlier requests that were answered: CSV files."""
     size: int = 0
     """Side at which images are seen, in pixels; 0: as the run's that it starts from."""
-    data: Shards = field(default_factory=Shards)
     labelled: Labelled = field(default_factory=Labelled)
 
     def __post_init__(self) -> None:
         rules = of_run(self) + of_labels(self) + at_least_1(self, ("count",)) + not_negative(self, ("size", "limit"))
-        refuse(self, [*rules, ("pool", bool(self.pool), "at least one split, as in unlabeled")])
+        refuse(self, rules + of_splits(self, "pool", "unlabeled"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,6 @@ class Visualize(Run):
     """The class that is looked for."""
     size: int = 0
     """Side at which images are seen, in pixels; 0: as the classifier was trained."""
-    data: Shards = field(default_factory=Shards)
 
     def __post_init__(self) -> None:
         refuse(self, of_run(self) + at_least_1(self, ("count",)) + not_negative(self, ("size",)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from barlow.config.checks import above_0, at_least_1, below_1, not_negative, of_training, of_views, refuse
+from barlow.config.checks import above_0, at_least_1, below_1, not_negative, of_splits, of_training, of_views, refuse
 from barlow.config.parts import BarlowTwins, Data, Knn, Lars, Model, Views
 from barlow.config.runs import Training
 
@@ -27,8 +27,5 @@ class Pretrain(Training):
         rules += not_negative(self, ("knn.every_epochs", "knn.size", "data.limit"))
         rules += above_0(self, ("model.width", "knn.temperature")) + below_1(self, ("optim.momentum",))
         projector = min(self.model.projector, default=0) >= 1
-        rules += [
-            ("model.projector", projector, "the widths of its layers, as in 2048 2048 2048"),
-            ("data.splits", bool(self.data.splits), "at least one split, as in unlabeled train"),
-        ]
-        refuse(self, rules + of_views(self))
+        rules += [("model.projector", projector, "the widths of its layers, as in 2048 2048 2048")]
+        refuse(self, rules + of_splits(self, "data.splits", "unlabeled train") + of_views(self))

@@ -39,8 +39,8 @@ class Classifying(Training):
     """Training of a classifier, by whatever method."""
 
     from_run: str = ""
-    """The run to start from, its folder or one of its checkpoints: a pretrained backbone's, for a fresh head, or a
-    classifier's. Empty: from nothing."""
+    """The run to start from, its folder or one of its checkpoints: a pretrained backbone's or a
+    classifier's, whose head FixMatch takes too. Empty: from nothing."""
     labels: tuple[str, ...] = ()
     """Answered requests: CSV files with more labels."""
     size: int = 0

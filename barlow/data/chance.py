@@ -33,7 +33,6 @@ class Use(IntEnum):
     LABELS = 10
     KMEANS = 11
     PICTURES = 12
-    CLUSTERS = 13
 
 
 def philox(key: tuple[int, int], counter: Tensor) -> Tensor:

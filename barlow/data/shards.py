@@ -63,7 +63,7 @@ class Index:
 
     def images(self, splits: Iterable[str], limit: int = 0) -> int:
         """How many images these splits have, or the limit if that is less (0: none)."""
-        count = sum(self.split(name).count for name in dict.fromkeys(splits))
+        count = sum(self.split(name).count for name in splits)
         return min(count, limit or count)
 
     def split(self, name: str) -> Split:

@@ -7,7 +7,8 @@ chosen for their number."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heapify, heapreplace
+from functools import partial
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from barlow.data.chance import Use, words
+from barlow.data.order import limited
 from barlow.labels.kmeans import assign, distances, kmeans
 
 Told = Callable[[int], object]  # of how many are chosen so far
@@ -26,8 +28,8 @@ CELLS = 1 << 24
 TAKEN = float("inf")
 CLUSTERS = 500
 """At most; of typical images."""
-SAMPLE = 64
-"""Images a cluster, from which its centre is found."""
+SAMPLE = 32_000
+"""Images at most, from which centres are found."""
 NEIGHBOURS = 20
 OUTLIERS = 5
 """A cluster of fewer images than these comes last."""
@@ -35,7 +37,7 @@ OUTLIERS = 5
 
 class Chosen(NamedTuple):
     rows: Tensor  # int64 [count], of the pool
-    distances: Tensor  # float32 [count]
+    distances: Tensor  # float32 [count], to what is labelled; of typical ones: to their neighbours
 
 
 def unit(features: Tensor) -> Tensor:
@@ -96,43 +98,49 @@ def typical(labelled: Tensor, pool: Tensor, count: int, seed: int, told: Told = 
     next_ones = [(n + at < OUTLIERS, at, -n - at, k) for k, (n, at) in enumerate(zip(size, known, strict=True)) if n]
     heapify(next_ones)
     sorted_ones: dict[int, tuple[Tensor, Tensor]] = {}
-    rows, far = [], []
+    rows, spread = [], []
     for done in range(count):
         outlying, at, size_below_0, k = next_ones[0]
         if k not in sorted_ones:
             inside = (own == k).nonzero().squeeze(1)
-            mean = mean_distance(pool[inside], torch.cat((pool[inside], labelled[theirs == k])))
-            mean, order = mean.sort(stable=True)
+            every = torch.cat((pool[inside], labelled[theirs == k]))
+            mean, order = mean_distance(every, len(inside), partial(told, done)).sort(stable=True)
             sorted_ones[k] = inside[order].cpu(), mean.cpu()
-            told(done)
         nth = at - known[k]
         rows.append(sorted_ones[k][0][nth])
-        far.append(sorted_ones[k][1][nth])
-        left = nth + 1 < size[k]
-        heapreplace(next_ones, (outlying, at + 1, size_below_0, k) if left else (True, len(pool), 0, k))
-    return Chosen(torch.stack(rows), torch.stack(far))
+        spread.append(sorted_ones[k][1][nth])
+        if nth + 1 < size[k]:
+            heapreplace(next_ones, (outlying, at + 1, size_below_0, k))
+        else:
+            heappop(next_ones)
+    return Chosen(torch.stack(rows), torch.stack(spread))
 
 
 def centres_of(labelled: Tensor, pool: Tensor, k: int, seed: int, beat: Callable[[], object]) -> Tensor:
-    """Of up to k clusters, by images that the seed draws from all of them."""
+    """Of up to k clusters, found from images that the seed draws of all."""
     n = len(labelled) + len(pool)
-    k = min(k, CLUSTERS, n)
-    bits = words(seed, Use.CLUSTERS, 0, torch.arange(n), slots=1)[:, 0]
-    drawn = torch.argsort(bits[:, 0] << 31 | bits[:, 1] >> 1, stable=True)[: SAMPLE * k].sort().values.to(pool.device)
+    drawn = torch.from_numpy(limited(seed, n, SAMPLE)).to(pool.device)
     known = drawn < len(labelled)
-    return kmeans(torch.cat((labelled[drawn[known]], pool[drawn[~known] - len(labelled)])), k, seed, 1, beat).centres
+    some = torch.cat((labelled[drawn[known]], pool[drawn[~known] - len(labelled)]))
+    return kmeans(some, min(k, CLUSTERS, len(some)), seed, 1, beat).centres
 
 
-def mean_distance(some: Tensor, every: Tensor) -> Tensor:
-    """Of each of `some` [m, d], which come first among `every` [n, d], to its nearest neighbours there."""
-    near = min(NEIGHBOURS, len(every) - 1)
+def mean_distance(images: Tensor, m: int, beat: Callable[[], object]) -> Tensor:
+    """Of each of the first m images [n, d] to its nearest neighbours among all. Which these are, products tell, about
+    the mean of all; how far they are, differences: products would leave nothing of a small distance."""
+    near = min(NEIGHBOURS, len(images) - 1)
+    size = max(1, CELLS // max(len(images), near * images.shape[1]))
+    images = images - images.mean(0)
+    half = images.square().sum(1) / -2
     found = []
-    for first in range(0, len(some), size := max(1, CELLS // len(every))):
-        part = some[first : first + size]
-        cosines = part @ every.T
-        cosines.diagonal(first).fill_(-TAKEN)  # an image is no neighbour of its own
-        cosine = cosines.topk(near, dim=1).values.clamp(max=1)
-        found.append((2 - 2 * cosine).sqrt().mean(1) if near else part.new_zeros(len(part)))
+    for first in range(0, m, size):
+        beat()
+        part = images[first : min(first + size, m)]
+        closeness = torch.addmm(half, part, images.T)
+        closeness.diagonal(first).fill_(-TAKEN)  # an image is no neighbour of its own
+        nearest = closeness.topk(near, dim=1).indices
+        apart = (images[nearest] - part.unsqueeze(1)).norm(dim=2)  # [size, near]
+        found.append(apart.mean(1) if near else part.new_zeros(len(part)))
     return torch.cat(found)
 
 

@@ -78,7 +78,7 @@ def unlabelled(
     of which no more than `limit` are drawn if that is above 0. A pool that is smaller than `count` is refused."""
     if HELD_OUT in splits:
         raise UserError(f"--pool {HELD_OUT}: classifiers are judged on it; name splits that may be learned from")
-    ids = np.concatenate([_ids(index, split) for split in dict.fromkeys(splits)])
+    ids = np.concatenate([_ids(index, split) for split in splits])
     ids = np.setdiff1d(ids, known.ids)
     if len(ids) < count:
         what = f"{' and '.join(splits)} of {index.folder} have {len(ids)} samples that are not labelled yet"
@@ -123,7 +123,7 @@ def truth(index: Index, splits: Sequence[str], ids: np.ndarray) -> np.ndarray:
 
 def in_shards(index: Index, splits: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and labels (-1: none) of all samples of the splits, both int64 [n], by id."""
-    shards = [shard for split in dict.fromkeys(splits) for shard in index.split(split).files]
+    shards = [shard for split in splits for shard in index.split(split).files]
     ids, labels = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for shard in shards:
         rows = np.fromfile(shard.path, SAMPLE, shard.count, offset=HEADER.itemsize + len(FIELDS) * FIELD.itemsize)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,21 +18,21 @@ class Alignment(nn.Module):
     comes as often as among the labels. Without it a class that is easily told may take the others' images over."""
 
     prior: Tensor
-    given: Tensor
+    mean: Tensor
 
     def __init__(self, labels: Tensor, classes: int, decay: float) -> None:
         """`labels` [n]; the mean answer is one over some 1 / (1 - decay) steps."""
         super().__init__()
         self.decay = decay
         self.register_buffer("prior", torch.bincount(labels, minlength=classes) / len(labels))
-        self.register_buffer("given", self.prior.clone())
+        self.register_buffer("mean", self.prior.clone())
 
     def forward(self, q: Tensor) -> Tensor:
         """Answers [m, classes] of this rank -> the same, aligned by those of all ranks up to now."""
         mean = dist.replicated_sum(q.sum(0)) / (len(q) * dist.world_size())
-        self.given.lerp_(mean.to(self.given.dtype), 1 - self.decay)
-        aligned = q * (self.prior / self.given.clamp(min=1e-6))
-        return aligned / aligned.sum(1, keepdim=True)
+        self.mean.lerp_(mean.to(self.mean.dtype), 1 - self.decay)
+        aligned = q * (self.prior / self.mean.clamp(min=1e-6))
+        return aligned / aligned.sum(1, keepdim=True).clamp(min=1e-6)  # 0: of classes without a label
 
 
 class FixMatch(nn.Module):
@@ -63,42 +63,48 @@ class FixMatch(nn.Module):
             of_images, of_weak = self.classifier(joined(images, weak)).split([n, m])
             with forgetful(self.classifier):
                 of_strong = self.classifier(strong)
-        knobs = (self.threshold, self.lambda_u, self.temperature, self.alignment)
-        return fixmatch_loss(of_images, of_weak, of_strong, labels, truth, *knobs)
+        q = answers(of_weak, self.temperature)
+        q = self.alignment(q) if self.alignment else q
+        return fixmatch_loss(of_images, q, of_strong, labels, truth, self.threshold, self.lambda_u)
 
 
 def joined(*views: Tensor) -> Tensor:
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
+def answers(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """What the network says of weak views, as a target: softmax(logits / temperature), without gradient."""
+    return torch.softmax(summable(logits.detach()) / temperature, dim=1)
+
+
+def summable(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def fixmatch_loss(
     logits: Tensor,
-    weak: Tensor,
+    q: Tensor,
     strong: Tensor,
     labels: Tensor,
     truth: Tensor,
     threshold: float,
     lambda_u: float = 1.0,
-    temperature: float = 1.0,
-    align: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Equations 3 to 5 of BarlowMatch, over the batches of all ranks: l_l + lambda_u l_u, with
 
     l_l = mean over labelled images of H(label, p(logits)),
-    l_u = mean over unlabelled ones of 1(max q >= threshold) H(argmax q, p(strong)), q = softmax(weak / temperature).
+    l_u = mean over unlabelled ones of 1(max q >= threshold) H(argmax q, p(strong)), q the `answers` to weak views.
 
-    q may be aligned first, and is a target: no gradient flows through it. Logits are [n, classes], [m, classes] and
-    [m, classes] on each rank. Metrics: both losses; in per cent the labelled images that are right, the unlabelled ones
-    that count (mask), and of those whose true label is known, the ones whose pseudo-label is right (NaN: of none).
+    Logits and answers are [n, classes], [m, classes] and [m, classes] on each rank. Metrics: both losses; in per cent
+    the labelled images that are right, the unlabelled ones that count (mask), and of those whose true label is known,
+    the ones whose pseudo-label is right (NaN while there are none).
     """
-    n, m = len(labels), len(weak)
+    n, m = len(labels), len(q)
     world = dist.world_size()
-    logits, weak, strong = (each if each.dtype == torch.float64 else each.float() for each in (logits, weak, strong))
-    entropy = F.cross_entropy(logits, labels, reduction="sum")
-    q = torch.softmax(weak.detach() / temperature, dim=1)
-    sure, guess = (align(q) if align else q).max(dim=1)  # [m] each
+    entropy = F.cross_entropy(summable(logits), labels, reduction="sum")
+    sure, guess = q.max(dim=1)  # [m] each
     mask = sure >= threshold
-    consistency = (F.cross_entropy(strong, guess, reduction="none") * mask).sum()
+    consistency = (F.cross_entropy(summable(strong), guess, reduction="none") * mask).sum()
 
     known = mask & (truth >= 0)
     counted = [logits.detach().argmax(1) == labels, mask, known, known & (guess == truth)]

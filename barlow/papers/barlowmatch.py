@@ -89,7 +89,7 @@ def judged_in_order(rules: Sequence[str]) -> list[str]:
 
 def notes(chain: Reproduce, index: Index) -> Iterator[str]:
     """What the numbers rest on."""
-    unlabelled = sum(index.split(name).count for name in chain.data.splits)
+    unlabelled = index.images(chain.data.splits)
     used = min(unlabelled, chain.data.limit or unlabelled)
     of = f" of {unlabelled:,}" if used < unlabelled else ""
     yield f"Data: {index.source}, {len(index.classes)} classes, {used:,}{of} unlabelled images of {index.size} px."
@@ -128,7 +128,7 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
     Where nobody knows the labels of the pool, requests are made of the labelled images instead, most of which are then
     taken to be unlabelled."""
     scale, root = chain.scale, chain.scale**0.5
-    unlabelled = sum(index.split(name).count for name in chain.data.splits)
+    unlabelled = index.images(chain.data.splits)
     if "train" not in index.splits or not index.splits["train"].labeled:
         raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {index.folder} has no labelled split train")
     there = index.splits["train"].labeled // len(index.classes)  # a class
@@ -137,7 +137,7 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
     per_class = min(max(4, round(there * scale)), there // 2)
     limit = min(unlabelled, max(256, round(unlabelled * scale)))
     pool = chain.request.pool if known(chain, index) else ("train",)
-    left = sum(index.split(name).count for name in pool) - per_class * len(index.classes)
+    left = index.images(pool) - per_class * len(index.classes)
     few = per_class * len(index.classes)
     val = max(128, round(index.split("val").count * scale))
 

@@ -30,6 +30,7 @@ from barlow.engine.loop import Plan, fit
 from barlow.engine.preflight import together
 from barlow.engine.record import Recorder
 from barlow.engine.run import load_config
+from barlow.labels.table import learnable
 from barlow.models.ema import Average
 from barlow.models.resnet import choose_norms
 from barlow.objectives.fixmatch import Alignment
@@ -68,7 +69,8 @@ def main(run_folder: str) -> None:
     norms = together(lambda: choose_norms(classifier.backbone, device, config.speed.norms))
     alignment = None
     if config.align:
-        alignment = Alignment(torch.from_numpy(known.labels), len(index.classes), config.align).to(device)
+        drawn = together(lambda: learnable(replace(config, labels=()), index))  # those asked for are no fair sample
+        alignment = Alignment(torch.from_numpy(drawn.labels), len(index.classes), config.align).to(device)
     objective = Objective(classifier, config.threshold, config.lambda_u, config.temperature, config.batches, alignment)
     told = ready(config, here, index, [*splits, "val"], config.data.stage, objective, copies=3 + bool(config.ema))
     near = staging.staged(index, [*splits, "val"], config.data.stage)
@@ -204,7 +206,7 @@ def positions(
     config: FixMatch, loader: Loader, index: Index, labelled: np.ndarray, start: int, plan: Plan
 ) -> Iterator[np.ndarray]:
     """This rank's part of each step: its labelled images first."""
-    firsts = [(index.split(name).first_id, index.split(name).count) for name in dict.fromkeys(config.data.splits)]
+    firsts = [(index.split(name).first_id, index.split(name).count) for name in config.data.splits]
     unlabelled = loader.positions_of(np.concatenate([np.arange(first, first + count) for first, count in firsts]))
     unlabelled = unlabelled[order.limited(config.seed, len(unlabelled), config.data.limit)]
     ranks = (dist.rank(), dist.world_size(), start, plan.steps)

@@ -140,9 +140,9 @@ def choose(
     labelled, others = features[:known], features[known:]
     if config.rule == "kmeans":
         return rules.farthest_from_centres(labelled, others, len(index.classes), config.count, config.seed, told)
-    if config.rule == "typical":
-        return rules.typical(labelled, others, config.count, config.seed, told)
-    return rules.k_centre_greedy(labelled, others, config.count, told)
+    if config.rule == "k-centre":
+        return rules.k_centre_greedy(labelled, others, config.count, told)
+    return rules.typical(labelled, others, config.count, config.seed, told)
 
 
 def on_first_rank(
@@ -176,16 +176,17 @@ def write(
     """The request, and what can be said of it. One that is there already may have labels in it: it is left alone."""
     labels = table.truth(index, config.pool, ids)
     path = folder / "request.csv"
+    column = "spread" if config.rule == "typical" else "distance"  # of its neighbours, or to what is labelled
     if path.exists():
         say(f"{path} is there already, and stays as it is")
     else:
-        columns = {} if far is None else {"distance": [f"{each:.6f}" for each in far.tolist()]}
+        columns = {} if far is None else {column: [f"{each:.6f}" for each in far.tolist()]}
         table.write_request(path, index, ids, columns, labels if config.oracle else None)
     results: dict[str, Any] = {}
     if (labels >= 0).all():
         results["classes"] = round(100 * len(np.unique(labels)) / len(index.classes), 2)  # per cent that occur
     if far is not None:
-        results["mean_distance"] = round(float(far.double().mean()), 6)
+        results[f"mean_{column}"] = round(float(far.double().mean()), 6)
     results |= {"count": len(ids), "rule": config.rule, "seconds": round(time.perf_counter() - began, 1)}
     write_json(folder / "results.json", results)
     write_status(folder, state="finished", why="")

@@ -18,8 +18,9 @@ RESULTS = BENCHMARKS / "results"
 NAMES = [
     file.stem
     for file in sorted(BENCHMARKS.glob("[!_]*.py"))
-    if "asked(" in (text := file.read_text()) and "__main__" in text and "def asked(" not in text
+    if re.search(r"^from measure import .*\basked\b", text := file.read_text(), re.MULTILINE) and "__main__" in text
 ]
+assert {"few_labels", "lars"} <= set(NAMES)
 FIGURE = re.compile(r"(?<![\w.-])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])")
 
 

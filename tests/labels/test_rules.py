@@ -137,7 +137,7 @@ def test_typical_images_are_those_of_the_definition(
     centres = rules.centres_of(labelled, pool, known + count, 2, lambda: None)
     assert len(centres) == min(known + count, clusters)
     rows, far = typical_one_at_a_time(labelled, pool, count, centres)
-    np.testing.assert_allclose(found.distances.numpy(), far, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found.distances.numpy(), far, rtol=1e-4, atol=1e-6)
     assert found.rows.tolist() == rows
 
 
@@ -152,13 +152,33 @@ def test_typical_images_are_of_groups_without_a_label_and_no_outliers() -> None:
 
 def test_the_whole_pool_may_be_asked_for_as_typical() -> None:
     done: list[int] = []
-    found = typical(features(10), features(80, seed=1), 80, 0, done.append)
+
+    def told(at: int) -> None:
+        done.append(at)
+
+    found = typical(features(10), features(80, seed=1), 80, 0, told)
     assert sorted(found.rows.tolist()) == list(range(80))
     assert done == sorted(done)
+    pair = unit(torch.eye(2, 32))
+    assert sorted(typical(pair[:1].repeat(3, 1), pair, 2, 0).rows.tolist()) == [
+        0,
+        1,
+    ]  # beside one that is labelled thrice
+
+
+def test_near_copies_are_told_apart() -> None:
+    """Distances that float32 products would lose."""
+    chance = torch.Generator().manual_seed(0)
+    pool = unit(torch.ones(1, 256) + 1e-4 * torch.randn(200, 256, generator=chance))
+    found = typical(-pool[:1], pool, 1, seed=0)
+    every = torch.cdist(pool.double(), pool.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    mean = every.sort(dim=1).values[:, 1:21].mean(1)
+    assert (mean < mean[found.rows]).sum() < 20
+    assert float(found.distances) == pytest.approx(float(mean[found.rows]), rel=1e-3)
 
 
 def test_centres_are_found_from_a_part_of_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules, "SAMPLE", 8)
+    monkeypatch.setattr(rules, "SAMPLE", 480)
     labelled, pool = features(40), features(4000, seed=1)
     seen: list[Tensor] = []
 
@@ -168,7 +188,7 @@ def test_centres_are_found_from_a_part_of_many_images(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(rules, "kmeans", clustered)
     found = typical(labelled, pool, 20, seed=0)
-    assert [len(points) for points in seen] == [8 * 60]
+    assert [len(points) for points in seen] == [480]
     assert len(set(found.rows.tolist())) == 20
     assert not torch.equal(found.rows, typical(labelled, pool, 20, seed=1).rows)
 

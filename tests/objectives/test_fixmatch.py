@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from barlow import dist
-from barlow.objectives.fixmatch import Alignment, FixMatch, fixmatch_loss
+from barlow.objectives.fixmatch import Alignment, FixMatch, answers, fixmatch_loss
 from barlow.stages.training import distribute
 
 Ranks = Callable[..., list[Any]]
@@ -53,7 +53,7 @@ def ours_of(
     given: list[Tensor], t: float, lambda_u: float = 1.0, temperature: float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     logits, weak, strong, labels, truth = given
-    return fixmatch_loss(logits, weak, strong, labels, truth, t, lambda_u, temperature)
+    return fixmatch_loss(logits, answers(weak, temperature), strong, labels, truth, t, lambda_u)
 
 
 def with_gradients(loss: Callable[[list[Tensor]], Tensor], given: list[Tensor]) -> list[Tensor]:
@@ -134,14 +134,14 @@ def test_metrics_count_images_and_compare_only_where_the_truth_is_known() -> Non
     weak = torch.stack([certain[0], certain[1], certain[2], certain[3], unsure, unsure, unsure, unsure])
     truth = torch.tensor([0, 4, -1, 3, 0, 1, -1, 2])  # right, wrong, unknown, right; then those that do not count
     logits, labels = certain[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3])
-    _, metrics = fixmatch_loss(logits, weak, weak, labels, truth, 0.9)
+    _, metrics = fixmatch_loss(logits, answers(weak), weak, labels, truth, 0.9)
     assert metrics["top1"].item() == 75.0
     assert metrics["mask"].item() == 50.0
     assert metrics["pseudo_top1"].item() == pytest.approx(200 / 3)
     nobody_knows = torch.full_like(truth, -1)
-    assert math.isnan(fixmatch_loss(logits, weak, weak, labels, nobody_knows, 0.9)[1]["pseudo_top1"].item())
+    assert math.isnan(fixmatch_loss(logits, answers(weak), weak, labels, nobody_knows, 0.9)[1]["pseudo_top1"].item())
     assert not any(value.requires_grad for value in metrics.values())
-    loss = [fixmatch_loss(logits, weak, weak, labels, known, 0.9)[0] for known in (truth, nobody_knows)]
+    loss = [fixmatch_loss(logits, answers(weak), weak, labels, known, 0.9)[0] for known in (truth, nobody_knows)]
     assert loss[0] == loss[1]  # true labels are counted, never learned from
 
 
@@ -165,16 +165,26 @@ def test_aligned_answers_are_those_of_the_definition() -> None:
         weighed = [[row[k] * p[k] / mean[k] for k in range(CLASSES)] for row in rows]
         expected = [[each / sum(row) for each in row] for row in weighed]
         assert_same(align(q), torch.tensor(expected, dtype=torch.float64))
-        assert_same(align.given, torch.tensor(mean, dtype=torch.float64))
+        assert_same(align.mean, torch.tensor(mean, dtype=torch.float64))
 
 
 def test_alignment_gives_a_class_that_is_seldom_said_its_images_back() -> None:
     one = torch.zeros(10, 2, dtype=torch.float64)
     one[:, 0], one[5:, 1] = 1.0, 0.8  # all are taken for the first class, half of them barely
     labels, truth = torch.tensor([0, 1]), torch.tensor([0] * 5 + [1] * 5)
-    align = Alignment(labels, 2, 0.0)
-    found = [fixmatch_loss(one[:2], one, one, labels, truth, 0.0, 1.0, 1.0, each)[1] for each in (None, align)]
+    align = Alignment(labels, 2, 0.0).double()
+    found = [fixmatch_loss(one[:2], q, one, labels, truth, 0.0)[1] for q in (answers(one), align(answers(one)))]
     assert [metrics["pseudo_top1"].item() for metrics in found] == [50, 100]
+
+
+def test_a_class_without_a_label_is_never_a_pseudo_label() -> None:
+    align = Alignment(torch.tensor([0, 1]), 3, 0.5).double()
+    sure_of_it = torch.tensor([[0.0, 0.0, 1.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    aligned = align(sure_of_it)
+    assert aligned.isfinite().all()
+    assert aligned[0].max() < 1e-9  # it counts for no class
+    assert aligned[1, 2] == 0
+    assert float(aligned[1].sum()) == pytest.approx(1)
 
 
 class Tiny(nn.Module):
@@ -251,7 +261,7 @@ def test_all_views_go_through_the_network_at_once() -> None:
     loss, _ = FixMatch(Asked(), 0.0, 1.0, 1.0)(given)
     assert_same(seen, [torch.cat([given[0], given[2], given[3]])])
     logits, weak, strong = (Asked()(view) for view in (given[0], given[2], given[3]))
-    assert_same(loss, fixmatch_loss(logits, weak, strong, given[1], given[4], 0.0)[0])
+    assert_same(loss, fixmatch_loss(logits, answers(weak), strong, given[1], given[4], 0.0)[0])
 
 
 def test_norms_do_not_remember_strong_views_that_go_by_themselves() -> None:
@@ -263,7 +273,7 @@ def test_norms_do_not_remember_strong_views_that_go_by_themselves() -> None:
     logits, weak = other(torch.cat([given[0], given[2]])).split([6, 18])
     remembered = {name: buffer.clone() for name, buffer in other.named_buffers() if "running" in name}
     strong = other(given[3])
-    assert_same(loss, fixmatch_loss(logits, weak, strong, given[1], given[4], 0.3, 0.7)[0])
+    assert_same(loss, fixmatch_loss(logits, answers(weak), strong, given[1], given[4], 0.3, 0.7)[0])
     now = dict(network.named_buffers())
     assert_same({name: now[name] for name in remembered}, remembered)
     assert not torch.equal(other.get_buffer("backbone.1.running_mean"), remembered["backbone.1.running_mean"])

@@ -109,6 +109,25 @@ def test_the_farthest_from_the_labelled_ones_by_the_papers_rule(
     assert "20 images to be labelled" in (folder / "logs" / "rank_0.log").read_text()
 
 
+@pytest.mark.parametrize(("rule", "column"), [("k-centre", "distance"), ("typical", "spread")])
+def test_the_other_rules_choose_what_they_say(
+    ask: Callable[..., Path], pretrained: Path, tiny_data: Path, rule: str, column: str
+) -> None:
+    folder = ask("other", rule=rule)
+    known = table.labelled(read_index(tiny_data), ["train"], 2, 0)
+    ids, features = features_of(pretrained, tiny_data, ["train"])
+    pool_ids, pool = features_of(pretrained, tiny_data, ["unlabeled"])
+    labelled = features[np.isin(ids, known.ids)]
+    expected = {
+        "k-centre": lambda: rules.k_centre_greedy(labelled, pool, 20),
+        "typical": lambda: rules.typical(labelled, pool, 20, seed=0),
+    }[rule]()
+    asked = rows_of(folder)
+    assert [int(row["id"]) for row in asked] == pool_ids[expected.rows.numpy()].tolist()
+    np.testing.assert_allclose([float(row[column]) for row in asked], expected.distances, atol=1e-4)
+    assert f"mean_{column}" in read_json(folder / "results.json")
+
+
 def test_a_simulated_person_answers_and_the_next_request_knows(ask: Callable[..., Path], tiny_data: Path) -> None:
     """The pool is the split whose labels are hidden; what was answered is labelled then, and not asked again."""
     index = read_index(tiny_data)
