@@ -55,4 +55,4 @@ fixmatch = FixMatch(
     optim=Sgd(lr=0.03, lr_backbone=0.03, weight_decay=5e-4),
     evaluate_every=5,
 )
-request = Request(count=250, pool=("train",), oracle=True, labelled=labelled)
+request = Request(rule="typical", count=250, pool=("train",), oracle=True, labelled=labelled)
