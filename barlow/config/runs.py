@@ -11,7 +11,8 @@ from barlow.config.parts import Checkpoint, Head, Labelled, Network, Preflight, 
 @dataclass(frozen=True)
 class Run:
     run: str = ""
-    """Name of the run; a second command of the same name resumes it. Default: the recipe's name."""
+    """Name of the run; a second command of the same name resumes it. Default: the recipe's name, and the
+    stage's, but of pretraining."""
     runs_dir: str = "runs"
     """Where run folders are made."""
     seed: int = 0
