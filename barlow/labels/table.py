@@ -6,6 +6,7 @@ Everything goes by sample id. Torch-free, for launchers and ranks."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import hashlib
@@ -219,9 +220,13 @@ class Classes:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    """The lines of the file; commas, semicolons or tabs between columns, as spreadsheets write them."""
+    """The lines of the file; commas, semicolons or tabs between columns, in UTF-8 or UTF-16: so spreadsheets write."""
     try:
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+        written = path.read_bytes()
+        if written.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = written.decode("utf-16", errors="replace")
+        else:
+            text = written.decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): give --labels an answered request") from None
     head = text.lstrip().partition("\n")[0]

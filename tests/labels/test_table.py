@@ -111,9 +111,13 @@ def test_answers_by_name_and_number_join_the_labels(index: Index, names: dict[in
     assert all(told[i] == label for i, label in zip(before.ids.tolist(), before.labels.tolist(), strict=True))
 
 
-def test_what_a_spreadsheet_makes_of_a_file_is_read(index: Index, names: dict[int, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_what_a_spreadsheet_makes_of_a_file_is_read(
+    index: Index, names: dict[int, str], tmp_path: Path, encoding: str
+) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(f'\ufeff"ID"\tName\tLabel\r\n5\t"{names[5]}"\t 2 \r\n6\t{names[6]}\t\r\n'.encode())
+    written = f'\ufeff"ID"\tName\tLabel\r\n5\t"{names[5]}"\t 2 \r\n6\t{names[6]}\t\r\n'
+    path.write_bytes(written.encode(encoding))
     found = read_answers(path, index)
     assert (found.ids.tolist(), found.labels.tolist(), found.unanswered) == ([5], [2], 1)
 
