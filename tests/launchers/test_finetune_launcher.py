@@ -240,7 +240,11 @@ CASES = [
         "--from {bt} --mu 9 --batch-size 12",
         "--mu 9 --batch-size 12: a step takes 108 unlabelled images, there are 96: give less of either",
     ),
-    Case("fixmatch", "--from {bt} --data.splits unlabeled unlabeled --mu 9 --batch-size 12", "there are 96"),
+    Case(
+        "fixmatch",
+        "--from {bt} --data.splits unlabeled unlabeled",
+        "--data.splits is ('unlabeled', 'unlabeled'): give at least one",
+    ),
     Case("fixmatch", "--from {bt} --data.limit 90 --mu 8 --batch-size 12", "there are 90"),
     Case("fixmatch", "--from {bt} --data.splits unlabeled val", "--data.splits val: classifiers are judged on it"),
     Case("fixmatch", "--from {bt} --labelled.splits unlabeled", "split unlabeled of {data} has no labels"),
