@@ -89,26 +89,30 @@ class Runs:
 
     def classifier(self, name: str, per_class: int, seed: int, *labels: str) -> dict[str, float]:
         """Its val top-1."""
-        over = self.form.finetune_for.get(per_class, "")
-        same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
-        found = self.make("finetune", name, f"--from {self.folder}/pretrain", self.form.finetune, over, same, *labels)
+        flags = (self.form.finetune, self.form.finetune_for.get(per_class, ""), drawn(per_class, seed), *labels)
+        found = self.make("finetune", name, f"--from {self.folder}/pretrain", *flags)
         return {"classifier": found["val_top1"]}
 
     def plain(self, per_class: int, seed: int) -> dict[str, float]:
         """And that of FixMatch from it."""
-        name, same = f"{per_class}-{seed}", f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
+        name = f"{per_class}-{seed}"
         classifier = self.classifier(f"{name}-classifier", per_class, seed)
         origin = f"--from {self.folder}/{name}-classifier"
-        over = self.form.fixmatch_for.get(per_class, "")
-        found = self.make("fixmatch", f"{name}-fixmatch", origin, self.form.fixmatch, over, same)
+        flags = (self.form.fixmatch, self.form.fixmatch_for.get(per_class, ""), drawn(per_class, seed))
+        found = self.make("fixmatch", f"{name}-fixmatch", origin, *flags)
         return classifier | {"FixMatch": found["val_top1"]}
 
     def with_request(self, rule: str, per_class: int, seed: int, count: int) -> dict[str, float]:
         """A classifier with the labels that a rule asks for too."""
-        same = f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class} --pool train --oracle"
         name = f"{per_class}-{seed}-{rule}"
-        self.make("label_request", name, f"--from {self.folder}/pretrain --rule {rule} --count {count}", same)
+        flags = (f"--rule {rule} --count {count} --pool train --oracle", drawn(per_class, seed))
+        self.make("label_request", name, f"--from {self.folder}/pretrain", *flags)
         return self.classifier(f"{name}-classifier", per_class, seed, f"--labels {self.folder}/{name}/request.csv")
+
+
+def drawn(per_class: int, seed: int) -> str:
+    """The seed's labels, and its training."""
+    return f"--seed {seed} --labelled.seed {seed} --labelled.per-class {per_class}"
 
 
 def rows(found: dict[tuple[str, int], list[dict[str, float]]], classes: int) -> Iterator[Row]:

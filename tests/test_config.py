@@ -25,11 +25,11 @@ from barlow.errors import UserError
         ({"brightness": -0.4}, "--views.brightness is -0.4: give 0 or more"),
         ({"contrast": -0.4}, "--views.contrast is -0.4: give 0 or more"),
         ({"saturation": nan}, "--views.saturation is nan: give 0 or more"),
-        ({"a": View(flip=1.5)}, "--views.a.flip is 1.5: give 0 to 1"),
-        ({"a": View(jitter=-0.5)}, "--views.a.jitter is -0.5: give 0 to 1"),
-        ({"b": View(gray=nan)}, "--views.b.gray is nan: give 0 to 1"),
-        ({"b": View(blur=80)}, "--views.b.blur is 80: give 0 to 1"),
-        ({"b": View(solarize=20)}, "--views.b.solarize is 20: give 0 to 1"),
+        ({"a": View(flip=1.5)}, "--views.a.flip is 1.5: give a probability, 0 to 1"),
+        ({"a": View(jitter=-0.5)}, "--views.a.jitter is -0.5: give a probability"),
+        ({"b": View(gray=nan)}, "--views.b.gray is nan: give a probability"),
+        ({"b": View(blur=80)}, "--views.b.blur is 80: give a probability"),
+        ({"b": View(solarize=20)}, "--views.b.solarize is 20: give a probability"),
     ],
 )
 def test_views_that_cannot_be_drawn_are_refused(views: dict[str, Any], told: str) -> None:

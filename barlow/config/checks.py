@@ -32,8 +32,8 @@ def above_0(c: Any, names: Sequence[str]) -> list[Rule]:
     return [(name, 0 < attrgetter(name)(c) < inf, "a number above 0") for name in names]
 
 
-def probabilities(c: Any, names: Sequence[str]) -> list[Rule]:
-    return [(name, 0 <= attrgetter(name)(c) <= 1, "0 to 1") for name in names]
+def probabilities(c: Any, names: Sequence[str], give: str = "0 to 1") -> list[Rule]:
+    return [(name, 0 <= attrgetter(name)(c) <= 1, give) for name in names]
 
 
 def below_1(c: Any, names: Sequence[str]) -> list[Rule]:
@@ -91,4 +91,5 @@ def of_views(c: Any) -> list[Rule]:
     rules += [("views.sigma", 0 <= sigma[0] <= sigma[1] <= 2, told)]
     rules += [("views.hue", 0 <= c.views.hue <= 0.5, "0 to 0.5, which is half the circle to either side")]
     rules += not_negative(c, ("views.brightness", "views.contrast", "views.saturation"))
-    return rules + probabilities(c, [f"views.{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)])
+    each = [f"views.{view}.{knob.name}" for view in ("a", "b") for knob in fields(View)]
+    return rules + probabilities(c, each, "a probability, 0 to 1")

@@ -9,6 +9,9 @@ from barlow.config.checks import at_least_1, not_negative, of_labels, of_run, of
 from barlow.config.parts import Labelled
 from barlow.config.runs import Run
 
+Choice = Literal["kmeans", "k-centre", "typical", "random"]
+"""The rules by which images are chosen."""
+
 
 @dataclass(frozen=True)
 class Request(Run):
@@ -16,7 +19,7 @@ class Request(Run):
 
     from_run: str = ""
     """The run whose backbone sees the images: its folder, or one of its checkpoints."""
-    rule: Literal["kmeans", "k-centre", "typical", "random"] = "kmeans"
+    rule: Choice = "kmeans"
     """kmeans: farthest from the labelled ones' centres. k-centre: also far from each other. typical: amid images like
     it, of which none is labelled. random: the control."""
     count: int = 12800

@@ -8,7 +8,7 @@ from typing import Literal
 from barlow.config.checks import above_0, refuse
 from barlow.config.finetune import Finetune
 from barlow.config.fixmatch import FixMatch
-from barlow.config.looking import Request, Visualize
+from barlow.config.looking import Choice, Request, Visualize
 from barlow.config.parts import Data, Labelled
 from barlow.config.pretrain import Pretrain
 from barlow.config.runs import Run
@@ -32,7 +32,7 @@ class Reproduce:
     """Of all stages."""
     answered: tuple[str, ...] = ()
     """The request, answered by people: CSV files. None: the labels that the shards have, if they have them."""
-    rules: tuple[Literal["kmeans", "k-centre", "typical", "random"], ...] = ("kmeans",)
+    rules: tuple[Choice, ...] = ("kmeans",)
     """How images are chosen for the request: once, and trained with, for each of these."""
     pretrain: Pretrain = field(default_factory=Pretrain)
     finetune: Finetune = field(default_factory=Finetune)
