@@ -1,6 +1,6 @@
 """How fast is training, from JPEG files to weights, beside the reference recipe, and beside our step alone?
 
-    python benchmarks/end_to_end.py [--quick] [--cores N]
+    python benchmarks/end_to_end.py [--quick] [--cores N] [--only NAME ...]
 
 On JPEG shards and JPEG files of the same shapes (96 px, quality 95), in turns in one process: the reference recipe
 (ImageFolder, PIL in a DataLoader with a worker a core, and its step: benchmarks/reference_recipe.py); ours as the stage
@@ -8,8 +8,8 @@ does it (loader or cache, feed, views, compiled step, LARS); and our step from v
 A turn begins when the others' background work is over, and its clock once it has used up the batches that lay ready.
 `ratio` is the rate over the reference recipe's in the same round, `of_the_step` over our bare step's; `wait` is the
 share of the time in which the host waits for views, which on a CPU it makes meanwhile. --cores: only so many of the
-cores are used. Two and a half minutes on two CPU cores; not timed on a GPU yet. --quick: fifteen
-seconds, and writes no file.
+cores are used; --only: settings whose name begins so. Two and a half minutes on two CPU cores; not timed on a GPU yet.
+--quick: fifteen seconds, and writes no file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from barlow.data.feed import feed
 from barlow.data.loader import AHEAD, Batch, Loader
 from barlow.data.views import pair
 from barlow.engine import speed
-from barlow.engine.pace import Pace
+from barlow.engine.pace import Pace, to_host
 from barlow.optim.groups import weights_and_biases
 from barlow.optim.lars import Lars
 from loader import SPLIT, Data, cpu_seconds, prepare
 from measure import Row, asked, device, ratio, report, significant, spread, timed
 from reference_recipe import Pair, Step, Views, as_trained, batches
-from step import CPU, GPU, QUICK, Setting, fresh, network, step_of, views_of
+from step import CPU, GPU, QUICK, Setting, chosen, fresh, network, step_of, views_of
 
 
 @dataclass
@@ -65,22 +65,23 @@ class Training:
             began = time.perf_counter()
             views = next(self.given)
             waited += time.perf_counter() - began
-            self.pace.enqueued(self.step(views))
+            loss = self.step(views)
+            to_host(loss, {})
+            self.pace.enqueued(loss)
         return waited
 
 
-def main(quick: bool, cores: int) -> None:
+def main(quick: bool, cores: int, only: list[str]) -> None:
     mine = sorted(os.sched_getaffinity(0))
     cores = min(cores or len(mine), len(mine))
     os.sched_setaffinity(0, mine[:cores])
     gpu = device().type == "cuda"
     torch.set_num_threads(cores if gpu else 1)  # where the CPU trains as well, the rest of it decodes
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        for setting in QUICK if quick else GPU[:1] + GPU[-1:] if gpu else CPU:
+        for setting in chosen(QUICK if quick else GPU[:1] + GPU[-1:] if gpu else CPU, only):
             data = Data(prepare(Path(folder) / setting.name, "jpeg", 4 * setting.batch), setting.batch)
-            rows += compare(setting, data, cores, quick)
-    report("end_to_end", rows, quick, packages=("torchvision", "pillow", "ffcv"))
+            rows = compare(setting, data, cores, quick)
+            report("end_to_end", rows, quick, packages=("torchvision", "pillow", "ffcv"), part="model")
 
 
 def compare(setting: Setting, data: Data, cores: int, quick: bool) -> list[Row]:
@@ -184,5 +185,6 @@ def positions(count: int, batch: int) -> Iterator[np.ndarray]:
 if __name__ == "__main__":
     parser = asked(__doc__)
     parser.add_argument("--cores", type=int, default=0, help="how many cores to use; 0: all")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="settings whose name begins so")
     arguments = parser.parse_args()
-    main(arguments.quick, arguments.cores)
+    main(arguments.quick, arguments.cores, arguments.only)

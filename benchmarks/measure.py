@@ -98,8 +98,10 @@ def significant(value: float, digits: int = 3) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def report(name: str, rows: Sequence[Row], quick: bool, packages: Sequence[str] = ()) -> None:
-    """Print the rows as a table, and unless `quick` put them in the place of this hardware's in results/NAME.csv."""
+def report(name: str, rows: Sequence[Row], quick: bool, packages: Sequence[str] = (), part: str = "") -> None:
+    """Print the rows as a table, and unless `quick` put them in the place of this hardware's in results/NAME.csv.
+
+    `part`: a column that names a part of a benchmark, which is reported as soon as it is measured; other parts stay."""
     table = Table(title=f"{name} ({hardware()})")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for column in columns:
@@ -109,14 +111,16 @@ def report(name: str, rows: Sequence[Row], quick: bool, packages: Sequence[str] 
     Console(width=None if os.isatty(1) else 160).print(table)
     if not quick:
         where = circumstances(packages)
-        write(RESULTS / f"{name}.csv", [row | where for row in rows])
+        write(RESULTS / f"{name}.csv", [row | where for row in rows], part)
 
 
-def write(path: Path, rows: Sequence[Row]) -> None:
-    """Rows measured on other hardware stay."""
-    here = rows[0]["hardware"]
+def write(path: Path, rows: Sequence[Row], part: str = "") -> None:
+    """Rows measured on other hardware stay, and those of other parts."""
+    here, parts = rows[0]["hardware"], {str(row.get(part)) for row in rows}
     stored = list(csv.DictReader(path.open())) if path.exists() else []
-    kept: list[dict[str, Any]] = [row for row in stored if row.get("hardware") != here]
+    kept: list[dict[str, Any]] = [
+        row for row in stored if row.get("hardware") != here or (part and row.get(part) not in parts)
+    ]
     columns = dict.fromkeys(column for row in [*rows, *kept] for column in row)
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
@@ -132,9 +136,14 @@ def circumstances(packages: Sequence[str] = ()) -> Row:
 
 def commit() -> str:
     """Of the code that was measured, marked where that is not all; results of other benchmarks do not count."""
+    if told := os.environ.get("BARLOW_COMMIT"):  # of a copy without its history
+        return told
     git = ["git", "-C", str(ROOT)]
-    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]).returncode
+    try:
+        name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"]).returncode
+    except OSError:  # no git
+        return "unknown"
     return name + ("-dirty" if changed else "")
 
 

@@ -101,7 +101,7 @@ def finish(torch: Any) -> None:
 
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "launchers")]
-    from slurm import local
+    from slurm.launch import local
 
     command = local.command
     local.command = lambda module, folder: command("phases", folder)  # all else is as ever

@@ -38,7 +38,7 @@ from barlow.stages.training import distribute
 from measure import ROOT, Row, asked, in_turns, ratio, report, significant, spread
 from nodes import NETWORKS, Work, step
 from slurm import devcluster
-from slurm.job import slurm_ranks
+from slurm.job.rank import slurm_ranks
 from wire import cpu_of_threads, of_batch_norms, of_gradients, of_loss, pace, sent
 
 CPU = torch.device("cpu")

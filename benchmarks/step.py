@@ -1,6 +1,6 @@
 """How fast is a step from views that lie on the device, and what does each of our measures bring?
 
-    python benchmarks/step.py [--quick] [--profile]
+    python benchmarks/step.py [--quick] [--profile] [--only NAME ...]
 
 Forward, loss, backward and optimizer, in turns in one process: the reference recipe's step (benchmarks/
 reference_recipe.py), the same with lightly's loss, then ours with one measure after another. `ratio` is the rate over
@@ -8,14 +8,15 @@ the reference recipe's in the same round. cuDNN is set as each has it: free to t
 recipe, deterministic in ours. `tuned by timing` lets inductor choose reductions by measuring, `cuDNN free to choose`
 lets cuDNN: what it costs us that an interrupted run has the bits of another. With --profile also where the time of the
 last one goes, by kind of kernel (GPU only). Two minutes on two CPU cores; not timed on a GPU yet, where the
-batch is halved if its memory is less than 120 GB. --quick: ten seconds, and writes no file.
+batch is halved if its memory is less than 120 GB. A setting is written as soon as it is measured; --only measures
+those whose name begins so. --quick: ten seconds, and writes no file.
 """
 
 from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,15 +61,20 @@ CPU = (Setting("ResNet-18 small 512x3", config.Model("resnet18", "small", projec
 QUICK = (Setting("ResNet-10 small 64x3", config.Model("resnet10t", "small", width=0.25, projector=(64,) * 3), 8, 32),)
 
 
-def main(quick: bool, profile: bool) -> None:
+def main(quick: bool, profile: bool, only: list[str]) -> None:
     torch.set_num_threads(1)  # of the CPU: on busy cores, two threads mostly wait for each other
     settings = QUICK if quick else GPU if device().type == "cuda" else CPU
-    rows: list[Row] = []
-    for setting in settings:
+    for setting in chosen(settings, only):
         if device().type == "cuda" and torch.cuda.mem_get_info()[1] < 120e9:
             setting = Setting(setting.name, setting.model, setting.batch // 2, setting.size)
-        rows += compare(setting, quick, profile)
-    report("step", rows, quick, packages=("torchvision", "lightly"))
+        report("step", compare(setting, quick, profile), quick, packages=("torchvision", "lightly"), part="model")
+
+
+def chosen(settings: Sequence[Setting], only: Sequence[str]) -> list[Setting]:
+    found = [each for each in settings if not only or each.name.startswith(tuple(only))]
+    if not found:
+        raise SystemExit(f"--only {' '.join(only)}: none of {', '.join(each.name for each in settings)} begins so")
+    return found
 
 
 def compare(setting: Setting, quick: bool, profile: bool) -> list[Row]:
@@ -127,6 +133,8 @@ def contestants(setting: Setting, folder: Path, quick: bool) -> dict[str, Callab
         if kernels.load("norm", device()):
             add("+ compile, fused norms", replace(no_graphs, norms="fused"), backend=fused)
         add("+ CUDA graphs", all_of_it, backend=fused)
+        if kernels.load("norm", device()):
+            add("+ CUDA graphs, fused norms", replace(all_of_it, norms="fused"), backend=fused)
     add("+ views, from uint8", all_of_it, backend=fused, from_images=True)
     return found
 
@@ -263,5 +271,6 @@ def kind_of(kernel: str) -> str:
 if __name__ == "__main__":
     parser = asked(__doc__)
     parser.add_argument("--profile", action="store_true", help="also where the time goes, by kind of kernel")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="settings whose name begins so")
     arguments = parser.parse_args()
-    main(arguments.quick, arguments.profile)
+    main(arguments.quick, arguments.profile, arguments.only)

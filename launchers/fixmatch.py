@@ -8,6 +8,7 @@ import sys
 
 from barlow.config import FixMatch
 from barlow.data import order
+from barlow.engine import origin
 from barlow.errors import one_line_errors
 from barlow.recipes import FIXMATCH
 from start import from_origin, has_saved, start
@@ -16,6 +17,8 @@ from start import from_origin, has_saved, start
 def early(config: FixMatch, ranks: int) -> None:
     order.share(config.batch_size, ranks)
     has_saved(config)
+    if differ := origin.other_labels(config):
+        print(f"note: {differ}")
 
 
 if __name__ == "__main__":

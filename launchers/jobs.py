@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from barlow.errors import UserError, one_line_errors
-from slurm import chain, facts, logs, results, runs, table
-from slurm.cancel import cancel
-from slurm.resume import resume
+from slurm.many import chain
+from slurm.runs import facts, logs, results, standing, table
+from slurm.runs.cancel import cancel
+from slurm.runs.resume import resume
 
 COMMANDS = ("list", "table", "show", "logs", "cancel", "resume")
 
@@ -67,12 +68,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     given = parse(argv)
     words = given.run if isinstance(given.run, list) else [given.run]
-    linked = given.runs_dir / runs.named(given.runs_dir, words[0]) if len(words) == 1 else given.runs_dir
-    find = results.find if given.command == "table" else runs.find
-    found, silence = runs.look(find(given.runs_dir, words))
+    linked = given.runs_dir / standing.named(given.runs_dir, words[0]) if len(words) == 1 else given.runs_dir
+    find = results.find if given.command == "table" else standing.find
+    found, silence = standing.look(find(given.runs_dir, words))
     if silence:
         print(f"note: {silence}: a state with ? is the last one known", file=sys.stderr)
-    if given.command in ("show", "cancel", "resume") and runs.links(linked):
+    if given.command in ("show", "cancel", "resume") and standing.links(linked):
         return of_chain(linked, found, given)
     if given.command == "cancel":
         return cancel(found, given.yes)
@@ -95,7 +96,7 @@ def main(argv: list[str]) -> int:
     return resume(found[0], given.nodes)
 
 
-def of_chain(folder: Path, links: list[runs.Run], given: argparse.Namespace) -> int:
+def of_chain(folder: Path, links: list[standing.Run], given: argparse.Namespace) -> int:
     """All of its links at once."""
     if given.command == "cancel":
         return chain.cancel_all(chain.read(folder), given.yes)

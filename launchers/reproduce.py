@@ -14,14 +14,15 @@ from pathlib import Path
 from barlow import cli
 from barlow.config import Classifying, Reproduce, Request, Run, Table
 from barlow.data.shards import read_index
+from barlow.engine.origin import refuse_other_answers
 from barlow.engine.run import folder_of, load_config, prepare, refuse_other_config
 from barlow.errors import UserError, one_line_errors
-from barlow.files import read_json, read_status, write_status
+from barlow.files import read_json, write_status
 from barlow.papers import barlowmatch
 from barlow.papers.barlowmatch import Part
 from barlow.recipes import REPRODUCE
-from slurm.chain import Chain, Link
-from slurm.cluster import Cluster, resolve
+from slurm.launch.cluster import Cluster, resolve
+from slurm.many.chain import Chain, Link
 from start import ROOT, absolute, elsewhere, found, refuse_unfit
 
 SECTIONS = ("pretrain", "finetune", "fixmatch", "request", "visualize")
@@ -34,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     if swept.sweep:
         raise UserError("--sweep is for single runs: the chain of a paper is one of its kind")
     check_sections(asked, REPRODUCE[name])
-    asked = replace(asked, run=asked.run or f"{name}-chain", answered=tuple(map(absolute, asked.answered)))
+    run = asked.run or f"{name}-{'rehearsal' if asked.scale < 1 else 'chain'}"
+    asked = replace(asked, run=run, answered=tuple(map(absolute, asked.answered)))
     kind = asked.data.source.partition(":")[0] or "nyu"
     asked = replace(asked, data=replace(asked.data, dir=absolute(asked.data.dir or f"data/{kind}")))
     if not found(asked.data, cluster.dry_run):
@@ -44,16 +46,21 @@ def main(argv: Sequence[str]) -> int:
     requests = [f"{folder_of(part.config)}/request.csv" for part in parts if part.stage == "request"]
     awaited = [path for path in requests if not Path(path).exists()]
     for part in parts:
+        if isinstance(part.config, Classifying):
+            refuse_other_answers(folder_of(part.config), part.config.labels)
+    for part in parts:
         with cli.named(part.config.run):
             refuse_unfit(without(part.config, awaited), index)
     chain = Chain(folder_of(asked), [link(part, cluster) for part in parts])
-    if not cluster.dry_run:
-        make_again(parts[-1])
     chain.check(cluster)
     runs = chain.runs()
-    for part in parts:
+    *others, table = parts
+    for part in others:
         refuse_other_config(part.config, waits=runs[part.name].alive)
+    if runs[table.name].alive:
+        refuse_other_config(table.config, waits=True)
     if not cluster.dry_run:
+        make_again(table)
         left = [each.name for each in chain.left()]
         for part in parts:
             if part.name in left:
@@ -84,10 +91,10 @@ def check_sections(asked: Reproduce, recipe: Reproduce) -> None:
 
 
 def make_again(table: Part) -> None:
-    """A table that was made before there were all the runs it is asked to show."""
+    """A table that was made, or was to be made, before there were all the runs it is asked to show."""
     folder = folder_of(table.config)
     stored = read_json(folder / "config.json")
-    if stored and load_config(folder, Table) != table.config and read_status(folder).get("state") == "finished":
+    if stored and load_config(folder, Table) != table.config:
         write_status(folder, state="pending", step=0, attempts=0, why="")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from barlow import cli
-from barlow.config import Finetune, FixMatch, Pretrain, Request, Run, Shards, Visualize
+from barlow.config import Classifying, Finetune, FixMatch, Pretrain, Request, Run, Shards, Visualize
 from barlow.data import order
 from barlow.data.shards import Index, read_index
 from barlow.engine import origin
@@ -17,8 +17,8 @@ from barlow.engine.origin import Asked
 from barlow.engine.run import folder_of, prepare, refuse_other_config
 from barlow.errors import UserError
 from barlow.labels import table
-from slurm.cluster import Cluster, resolve
-from slurm.sweep import Runs
+from slurm.launch.cluster import Cluster, resolve
+from slurm.many.sweep import Runs
 
 ROOT = Path(__file__).resolve().parents[1]
 Config = TypeVar("Config", bound=Run)
@@ -46,6 +46,8 @@ def start(
     for config in configs:
         with cli.named(config.run if len(configs) > 1 else ""):
             refuse_other_config(config)
+            if isinstance(config, Classifying):
+                origin.refuse_other_answers(folder_of(config), config.labels)
             early(config, ranks)
     runs = runs.left(cluster)
     configs = [config for config in configs if folder_of(config) in runs.folders]
@@ -80,6 +82,8 @@ def has_saved(config: Asked) -> None:
 
 def refuse_unfit(config: Run, index: Index) -> None:
     """What a run asks of its data that these shards have not."""
+    if isinstance(config, Classifying):
+        config = replace(config, labels=origin.answers(folder_of(config), config.labels))
     match config:
         case Pretrain():
             order.steps_per_epoch(index.images(config.data.splits, config.data.limit), config.batch_size)
@@ -92,6 +96,8 @@ def refuse_unfit(config: Run, index: Index) -> None:
             table.asked(config, index)
         case Visualize():
             split = index.split(config.split)
+            if config.target == "label" and not split.labeled:
+                raise UserError(f"--target label: no image of {config.split} has a label: leave it out")
             last = split.first_id + split.count - 1
             if wrong := [i for i in config.ids if not split.first_id <= i <= last]:
                 raise UserError(f"--ids {wrong[0]}: samples of {config.split} are {split.first_id} to {last}")

@@ -7,6 +7,7 @@ same bits. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011), 
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ WORD = 0xFFFFFFFF
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
+Words = TypeVar("Words", Tensor, int)
 
 
 class Use(IntEnum):
@@ -41,14 +43,18 @@ def philox(key: tuple[int, int], counter: Tensor) -> Tensor:
     The words live in int64 because torch has no full uint32 arithmetic. A product of two of them needs 64 bits and
     may wrap into the sign; its bits are right all the same, and the mask after `>>` takes off the sign it drags along.
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
+    return torch.stack(_rounds(key, *counter.unbind(-1)), dim=-1)
+
+
+def _rounds(key: tuple[int, int], c0: Words, c1: Words, c2: Words, c3: Words) -> tuple[Words, Words, Words, Words]:
+    """The same of tensors or of plain numbers."""
     k0, k1 = key
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         high0, high1 = (p0 >> 32) & WORD, (p1 >> 32) & WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & WORD, high0 ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
-    return torch.stack((c0, c1, c2, c3), dim=-1)
+    return c0, c1, c2, c3
 
 
 def words(seed: int, use: Use, epoch: int, index: Tensor, slots: int, lane: int = 0) -> Tensor:
@@ -64,13 +70,17 @@ def words(seed: int, use: Use, epoch: int, index: Tensor, slots: int, lane: int 
     counter[..., 1] = epoch & WORD
     counter[..., 2] = torch.arange(slots, device=index.device) + (lane << 16)
     counter[..., 3] = int(use)
-    return philox((seed & WORD, (seed >> 32) & WORD), counter)
+    return philox(_key(seed), counter)
+
+
+def _key(seed: int) -> tuple[int, int]:
+    return seed & WORD, (seed >> 32) & WORD
 
 
 def seed_of_step(seed: int, step: int, rank: int) -> int:
     """For the generator that layers such as dropout draw from: set anew at each step, it has no state to be saved."""
-    word = words(seed, Use.LAYERS, step, torch.tensor([rank]), slots=1)[0, 0]
-    return int(word[0] << 31 | word[1] >> 1)
+    first, second, *_ = _rounds(_key(seed), rank & WORD, step & WORD, 0, int(Use.LAYERS))  # as `words`, of one slot
+    return first << 31 | second >> 1
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -213,6 +213,8 @@ def load(path: Path) -> dict[str, Any]:
         if isinstance(found, dict) and "model" in found:
             return found
         fault = "it has no 'model'"
+    except FileNotFoundError:  # where a run keeps its newest, they come and go
+        raise UserError(f"{path} is gone: its run has saved a newer one since: give the command again") from None
     except (RuntimeError, UnpicklingError, EOFError) as error:
         fault = (str(error) or type(error).__name__).splitlines()[0]
     raise UserError(f"{path} is no checkpoint ({fault}): name a run folder or a .pt file from its checkpoints")

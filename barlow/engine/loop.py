@@ -1,7 +1,7 @@
 """The only training loop. A stage hands it `step(batch, at) -> (loss, metrics)`; there is nothing to override.
 
-Steps are counted from 0 over the whole run; `done` steps have been made when step done-1 has been applied. The loop
-looks at numbers on the host only every `log_every` steps, so a GPU never waits for a print."""
+Steps are counted from 0 over the whole run; `done` steps have been made when step done-1 has been applied. Each step's
+numbers travel to the host behind it and are looked at when they are there, so a GPU never waits for a print."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from barlow import dist, stop
 from barlow.engine.checkpoint import Checkpoints
-from barlow.engine.pace import Pace
+from barlow.engine.pace import Pace, to_host
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
 from barlow.errors import Preempted
@@ -25,6 +25,16 @@ from barlow.pulse import Pulse
 Step = Callable[[Any, int], tuple[Tensor, Mapping[str, Tensor]]]
 PATIENCE = 300.0  # seconds that a run at its end waits for room on the disk; less than ranks wait in a collective
 AGAIN = 5.0  # seconds between two tries
+
+
+class Made(NamedTuple):
+    """A step that has been enqueued."""
+
+    done: int
+    names: Sequence[str]
+    numbers: Tensor  # the loss, then what is named, on the host: there once the step's end has been waited for
+    lr: float
+    waited: float
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def fit(
     learning rate at a step. Saves by the plan and at the end, and returns when that is on disk; when any rank was told
     to stop, saves and raises Preempted."""
     saver = Saver(plan, start, state, checkpoints, recorder, pulse) if dist.rank() == 0 else None
-    pending: list[tuple[int, Tensor, Mapping[str, Tensor], float, float]] = []
+    pending: list[Made] = []
     if plan.evaluates(start) and dist.broadcast(recorder.unevaluated):  # it was told to stop there
         pulse.beat(start, "evaluate", plan.start_seconds)
         recorder.amend(dict(evaluate()))
@@ -90,23 +100,24 @@ def fit(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            done = at + 1
+            pending.append(Made(done, tuple(metrics), to_host(loss, metrics), lrs[0], waited))
             pace.enqueued(loss)
 
-            done = at + 1
-            pending.append((done, loss.detach(), metrics, lrs[0], waited))
             stopping = request.agreed(last=done == plan.steps) and done < plan.steps
-            log = done % plan.log_every == 0 or done == plan.steps
             evaluating = plan.evaluates(done) and not stopping  # the notice is for saving: whoever goes on evaluates
             saving = saver is not None and saver.due(done)
-            if not (log or evaluating or saving or stopping):
+            if evaluating or saving or stopping or done == plan.steps:
+                pace.wait(0)
+            elif (done - pace.behind) % plan.log_every or len(pending) == pace.behind:
                 continue
 
-            rows = settle(pending, plan, time.perf_counter() - clock)
-            if len(rows) < len(pending):
+            there, pending = pending[: len(pending) - pace.behind], pending[len(pending) - pace.behind :]
+            rows = settle(there, plan, time.perf_counter() - clock)
+            if len(rows) < len(there):
                 recorder.write(rows)  # what led up to it
-                number, broken = pending[len(rows)][0], float(pending[len(rows)][1])
+                number, broken = there[len(rows)].done, float(there[len(rows)].numbers[0])
                 raise FloatingPointError(f"the loss of step {number} is {broken:g}; the last good checkpoint is kept")
-            pending.clear()
             if evaluating:
                 pulse.beat(done, "evaluate", plan.start_seconds)
                 rows[-1].update(evaluate())
@@ -222,20 +233,18 @@ def patiently(do: Callable[[], object], say: Callable[[str], object]) -> None:
         time.sleep(AGAIN)
 
 
-def settle(
-    pending: Sequence[tuple[int, Tensor, Mapping[str, Tensor], float, float]], plan: Plan, seconds: float
-) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl for the steps since the last look, as plain numbers, up to a loss that is not finite.
+def settle(made: Sequence[Made], plan: Plan, seconds: float) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl for steps whose numbers are there, up to a loss that is not finite.
 
     What a step could not measure (NaN) is left out of its row."""
     rows: list[dict[str, Any]] = []
-    for done, loss, metrics, lr, waited in pending:
-        value = float(loss)
-        if not math.isfinite(value):
+    for done, names, numbers, lr, waited in made:
+        loss, *metrics = numbers.tolist()
+        if not math.isfinite(loss):
             break
         row = {"step": done, "epoch": round(done / plan.steps_per_epoch, 4), "images": done * plan.batch_size}
-        numbers = {name: float(metric) for name, metric in metrics.items()}
-        row |= {"loss": value, **{name: n for name, n in numbers.items() if not math.isnan(n)}, "lr": lr}
+        told = {name: number for name, number in zip(names, metrics, strict=True) if not math.isnan(number)}
+        row |= {"loss": loss, **told, "lr": lr}
         rows.append(row | {"images_per_sec": 0.0, "data_wait": round(waited, 5)})
     for row in rows:  # the wall time of the window, shared out evenly
         row["images_per_sec"] = round(plan.batch_size * len(rows) / seconds, 1)

@@ -5,14 +5,20 @@ from a classifier the head), and must not contradict it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from barlow.config import Finetune, FixMatch, Head, Network, Request, Visualize
 from barlow.errors import UserError
-from barlow.files import read_json
+from barlow.files import read_json, read_status
 
 Asked = TypeVar("Asked", Finetune, FixMatch, Request, Visualize)
 FILE = re.compile(r"step-\d+\.pt")
@@ -37,6 +43,78 @@ def awaited(where: str) -> bool:
     """Whether the run has saved nothing there yet."""
     path = Path(where).expanduser().resolve()
     return not path.is_file() and not any(any(folder.glob("step-*.pt")) for folder in (path, path / "checkpoints"))
+
+
+def began(folder: Path) -> bool:
+    """Whether a run has taken what it starts from: it may have made steps, and goes on with that."""
+    return read_status(folder).get("attempts", 0) > 0 or any((folder / "checkpoints").glob("step-*.pt"))
+
+
+def copies(folder: Path, labels: Sequence[str]) -> list[Path]:
+    """Where a run keeps the answers that it began with."""
+    return [folder / "labels" / f"{number}.csv" for number in range(len(labels))]
+
+
+def answers(folder: Path, labels: Sequence[str]) -> tuple[str, ...]:
+    """The files of answers to be read: the run's own copies once it has begun, for people go on to fill theirs in."""
+    own = copies(folder, labels)
+    return tuple(map(str, own)) if began(folder) and all(copy.exists() for copy in own) else tuple(labels)
+
+
+def changed_answers(folder: Path, labels: Sequence[str]) -> list[str]:
+    """Those of `labels` that are not what they were when the run began, as far as they are still there."""
+    pairs = zip(answers(folder, labels), labels, strict=True)
+    return [name for own, name in pairs if own != name and _differ(Path(own), Path(name))]
+
+
+def _differ(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() != other.read_bytes()
+    except OSError:  # one is gone
+        return False
+
+
+def refuse_other_answers(folder: Path, labels: Sequence[str]) -> None:
+    """What a run learns from is settled when it begins, be it by flags or by files."""
+    for name in changed_answers(folder, labels):
+        resumed = f"python launchers/jobs.py resume {folder.name}"
+        raise UserError(
+            f"{name} has changed since run {folder.name!r} began with it: choose another --run to learn from it as it "
+            f"is now; {resumed} goes on with what it was"
+        )
+
+
+def kept(folder: Path) -> Path | None:
+    """The checkpoint that a run which has begun started from, as long as it has it."""
+    return next((folder / "origin").glob("*.pt"), None) if began(folder) else None
+
+
+def keep(path: Path, folder: Path) -> None:
+    """Keep the checkpoint that a run starts from in its folder: the run that it is of may go on, and remove it.
+
+    As a second name of the same file, or where there can be none a copy; where there is no room, the run does without.
+    """
+    own = folder / "origin"
+    with suppress(OSError):
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+        try:
+            os.link(path, own / path.name)
+        except OSError:  # another file system
+            shutil.copyfile(path, own / ".copy")
+            os.replace(own / ".copy", own / path.name)
+
+
+def other_labels(config: FixMatch) -> str:
+    """In what the labels that a classifier has learned from are others than those that FixMatch is to use."""
+    stored = config_of(config.from_run) if config.from_run else {}
+    if "labelled" not in stored:
+        return ""
+    mine = {"labels": [Path(name).name for name in config.labels], **dataclasses.asdict(config.labelled)}
+    theirs = {"labels": [Path(name).name for name in stored.get("labels", ())], **stored["labelled"]}
+    mine, theirs = json.loads(json.dumps(mine)), json.loads(json.dumps(theirs))
+    differ = [f"{name} {theirs.get(name)} there, {mine[name]} here" for name in mine if mine[name] != theirs.get(name)]
+    return f"{config.from_run} learned from other labels ({'; '.join(differ)})" if differ else ""
 
 
 def size_of(stored: dict[str, Any]) -> int:

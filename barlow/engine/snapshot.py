@@ -17,6 +17,7 @@ from torch import Tensor
 
 Place = tuple[Any, ...]  # where in the state a tensor lies: the keys that lead to it
 Pieces = deque[tuple[int, int, int]]  # plain memory to copy: to, from, bytes
+MARGIN = 1 << 29  # bytes that a GPU keeps free beside a clone: an allocator rounds up
 PIECE = 1 << 22  # bytes that a thread copies at a time: a fifth of a millisecond
 
 
@@ -131,7 +132,13 @@ def _roomy(state: Mapping[str, Any]) -> set[torch.device]:
 
     if torch.cuda.is_initialized():
         _map(state, add)
-    return {device for device, size in needed.items() if torch.cuda.mem_get_info(device)[0] > size}
+    return {device for device, size in needed.items() if _free(device) > 1.1 * size + MARGIN}
+
+
+def _free(device: torch.device) -> int:
+    """What the driver has left, and what torch holds without using it."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _map(value: Any, function: Callable[[Tensor, Place], Any], place: Place = ()) -> Any:

@@ -29,5 +29,5 @@ def _loaded(name: str, device: torch.device) -> tuple[Kernels | None, str]:
     try:
         index = torch.cuda.current_device() if device.index is None else device.index
         return Kernels(name, torch.device("cuda", index)), ""
-    except (UnavailableError, RuntimeError) as error:
+    except UnavailableError as error:
         return None, " ".join(str(error).split())

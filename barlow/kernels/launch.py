@@ -18,6 +18,19 @@ MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a function's attribute, by its number in cu
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a device's
 
 
+NOT_FOR_THIS_GPU = (209, 218, 222)  # no image for it, one it does not understand, of a newer toolkit
+
+
+class DriverError(RuntimeError):
+    """What the driver says of a call; also of work that was enqueued before, and failed."""
+
+    def __init__(self, code: int) -> None:
+        text = ctypes.c_char_p()
+        driver().cuGetErrorString(code, ctypes.byref(text))
+        super().__init__(f"CUDA driver: {(text.value or b'error').decode()} ({code})")
+        self.code = code
+
+
 class Kernels:
     """The kernels of one .cu file on one GPU."""
 
@@ -32,7 +45,12 @@ class Kernels:
         check(driver().cuDeviceGetAttribute(ctypes.byref(limit), MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, ordinal))
         self.shared_limit = limit.value  # bytes of shared memory that a block can have
         self.functions: dict[str, tuple[ctypes.c_void_p, int]] = {}
-        self.run(lambda: driver().cuModuleLoadData(ctypes.byref(self.module), image))
+        try:
+            self.run(lambda: driver().cuModuleLoadData(ctypes.byref(self.module), image))
+        except DriverError as error:
+            if error.code in NOT_FOR_THIS_GPU:
+                raise UnavailableError(str(error)) from None
+            raise
 
     def launch(self, name: str, grid: int, block: int, shared: int, *arguments: Any) -> None:
         """Kernel `name` on the current stream, in `grid` blocks of `block` threads with `shared` bytes of dynamic
@@ -72,9 +90,7 @@ def parameters(arguments: Sequence[Any]) -> tuple[list[Any], Any]:
 
 def check(code: int) -> None:
     if code:
-        text = ctypes.c_char_p()
-        driver().cuGetErrorString(code, ctypes.byref(text))
-        raise RuntimeError(f"CUDA driver: {(text.value or b'error').decode()} ({code})")
+        raise DriverError(code)
 
 
 @functools.cache

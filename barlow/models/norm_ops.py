@@ -23,7 +23,7 @@ from barlow.kernels import Kernels
 DTYPES = (torch.float32, torch.bfloat16)  # of activations; all else is float32 in the kernels
 THREADS, MERGING, CHANNELS = 256, 512, 8  # as in norm.cu
 ACROSS = 32  # columns of a block, at most: a warp reads 512 bytes of a row
-BLOCKS = 512  # some four on each processor of the largest GPUs
+BLOCKS = 792  # six for each of 132 processors, on which two or three at a time have room: whole waves
 LEAST, MOST = 8, 128  # rows of a thread: fewer are not worth its start, more would cost digits
 Weights = tuple["Tensor | None", "Tensor | None", float]  # weight, bias, eps
 

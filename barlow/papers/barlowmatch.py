@@ -129,14 +129,16 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
     taken to be unlabelled."""
     scale, root = chain.scale, chain.scale**0.5
     unlabelled = index.images(chain.data.splits)
-    if "train" not in index.splits or not index.splits["train"].labeled:
-        raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {index.folder} has no labelled split train")
-    there = index.splits["train"].labeled // len(index.classes)  # a class
+    splits = chain.labelled.splits
+    there = sum(index.split(name).labeled for name in splits) // len(index.classes)  # a class
+    if not there:
+        named = " and ".join(splits)
+        raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {named} of {index.folder} has none")
     if there < 2:
         raise UserError(f"--scale {scale:g}: a rehearsal takes two labels a class or more, {index.folder} has {there}")
-    per_class = min(max(4, round(there * scale)), there // 2)
+    per_class = chain.labelled.per_class or min(max(4, round(there * scale)), there // 2)
     limit = min(unlabelled, max(256, round(unlabelled * scale)))
-    pool = chain.request.pool if known(chain, index) else ("train",)
+    pool = chain.request.pool if known(chain, index) else splits
     left = index.images(pool) - per_class * len(index.classes)
     few = per_class * len(index.classes)
     val = max(128, round(index.split("val").count * scale))

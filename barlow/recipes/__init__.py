@@ -2,10 +2,11 @@
 each launcher. The first is the launcher's default."""
 
 from barlow.config import Finetune, FixMatch, Pretrain, Reproduce, Request, Visualize
-from barlow.recipes import barlowmatch, cifar10, shapes
+from barlow.recipes import barlowmatch, cifar10, images, shapes
 
 PRETRAIN: dict[str, Pretrain] = {
     "shapes": shapes.recipe,
+    "images": images.recipe,
     "cifar10": cifar10.recipe,
     "barlowmatch": barlowmatch.recipe,
     "barlowmatch-code": barlowmatch.code_recipe,
@@ -27,5 +28,9 @@ REQUEST: dict[str, Request] = {
     "cifar10": cifar10.request,
     "barlowmatch": barlowmatch.request,
 }
-VISUALIZE: dict[str, Visualize] = {"shapes": shapes.visualize, "barlowmatch": barlowmatch.visualize}
+VISUALIZE: dict[str, Visualize] = {
+    "shapes": shapes.visualize,
+    "cifar10": cifar10.visualize,
+    "barlowmatch": barlowmatch.visualize,
+}
 REPRODUCE: dict[str, Reproduce] = {"barlowmatch": barlowmatch.chain, "barlowmatch-code": barlowmatch.code_chain}

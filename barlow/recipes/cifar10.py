@@ -21,6 +21,7 @@ from barlow.config import (
     Sgd,
     View,
     Views,
+    Visualize,
     Weak,
 )
 
@@ -56,3 +57,4 @@ fixmatch = FixMatch(
     evaluate_every=5,
 )
 request = Request(rule="typical", count=250, pool=("train",), oracle=True, labelled=labelled)
+visualize = Visualize()

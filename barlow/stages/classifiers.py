@@ -18,6 +18,7 @@ from barlow.config import Classifying, Finetune, FixMatch
 from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
+from barlow.engine import origin
 from barlow.engine.checkpoint import Checkpoints, load, load_weights
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
@@ -38,26 +39,17 @@ def data_of(config: Classifying, folder: Path) -> tuple[Index, Labelled, list[st
     Answers are copied into the run's folder at its first start and read there from then on: people may go on to fill
     them in while the run is put back."""
     index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
-    copies = [folder / "labels" / f"{number}.csv" for number in range(len(config.labels))]
-    began = dist.broadcast(bool(copies) and all(copy.exists() for copy in copies))
-    told: list[str] = []
-    if began:
-        changed = [name for copy, name in zip(copies, config.labels, strict=True) if not same(copy, Path(name))]
-        told = [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
-    answers = tuple(map(str, copies)) if began else config.labels
+    copies = origin.copies(folder, config.labels)
+    answers, changed = dist.broadcast(
+        (origin.answers(folder, config.labels), origin.changed_answers(folder, config.labels))
+    )
+    told = [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
     known = together(lambda: learnable(replace(config, labels=answers), index))
-    if not began and dist.rank() == 0:
+    if answers == config.labels and dist.rank() == 0:
         for copy, name in zip(copies, config.labels, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_whole(copy, Path(name).read_bytes())
     return index, known, told
-
-
-def same(copy: Path, origin: Path) -> bool:
-    try:
-        return copy.read_bytes() == origin.read_bytes()
-    except OSError:  # it is gone
-        return False
 
 
 def best_of(folder: Path, writes: bool) -> tuple[Checkpoints, list[str]]:
@@ -98,20 +90,27 @@ def build(config: Classifying, index: Index, device: torch.device) -> Classifier
     return classifier.to(device).to(memory_format=torch.channels_last)
 
 
-def start_from(classifier: Classifier, config: Classifying, index: Index) -> list[str]:
+def start_from(classifier: Classifier, config: Classifying, index: Index, folder: Path) -> list[str]:
     """Lay the weights of the run to start from over it: the backbone's, and FixMatch goes on with its head too."""
     if not config.from_run:
         return ["from nothing: no --from"]
-    origin = checkpoint_of(config.from_run)
-    stored = load(origin)
+    path = checkpoint_of(config.from_run, folder)
+    stored = load(path)
     parts = [("backbone", classifier.backbone)]
     if isinstance(config, FixMatch) and any(name.startswith("head.") for name in stored["model"]):
         check_classes(stored, index, config.from_run)
         parts.append(("head", classifier.head))
     for name, part in parts:
         weights = {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
-        load_weights(part, weights, f"{origin} ({name})")
-    return [f"{' and '.join(name for name, _ in parts)} of {origin.parent.parent.name}, step {stored['step']}"]
+        load_weights(part, weights, f"{path} ({name})")
+    return [f"{' and '.join(name for name, _ in parts)} of {name_of(config.from_run)}, step {stored['step']}"]
+
+
+def name_of(where: str) -> str:
+    """The run's, whichever of its files is named."""
+    path = Path(where).resolve()
+    path = path.parent if path.suffix == ".pt" else path
+    return path.parent.name if path.name in ("best", "checkpoints") else path.name
 
 
 def check_classes(stored: dict[str, Any], index: Index, where: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from barlow.stages.classifiers import Judge, best_of, build, data_of, fingerprin
 from barlow.stages.training import (
     autocast,
     begin,
+    described,
     distribute,
     dtype_of,
     enter,
@@ -71,7 +71,7 @@ def main(run_folder: str) -> None:
     learned_from = fingerprint(index, splits, known)
     stored, skipped = newest(checkpoints, learned_from, config.data.dir)
     judge.remember(best, learned_from)
-    origin = [] if stored else together(lambda: start_from(classifier, config, index))
+    origin = [] if stored else together(lambda: start_from(classifier, config, index, folder))
     eager = speed.why_not(config.speed, device)
     model = distribute(objective, device, compiled=not eager)
     knobs = config.optim
@@ -130,7 +130,7 @@ def main(run_folder: str) -> None:
         judge.note(found, done, best, lambda: {"model": classifier.state_dict(), **about}, recorder.say)
         yield from found.items()
 
-    about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
+    about = {**described(config, index, learned_from), "classes": list(index.classes)}
     positions = order.positions(
         config.seed, len(judge.positions), config.batch_size, dist.rank(), dist.world_size(), start, plan.steps
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from barlow.stages.classifiers import Judge, best_of, build, data_of, fingerprin
 from barlow.stages.training import (
     autocast,
     begin,
+    described,
     distribute,
     dtype_of,
     enter,
@@ -85,7 +86,7 @@ def main(run_folder: str) -> None:
     learned_from = fingerprint(index, splits, known)
     stored, skipped = newest(checkpoints, learned_from, config.data.dir)
     judge.remember(best, learned_from)
-    origin = [] if stored else together(lambda: start_from(classifier, config, index))
+    origin = [] if stored else together(lambda: start_from(classifier, config, index, folder))
     if stored:
         load_weights(classifier, stored.get("learning", stored["model"]), f"of step {stored['step']}")
     average = Average(classifier, config.ema) if config.ema else None
@@ -177,7 +178,7 @@ def main(run_folder: str) -> None:
         judge.note(found, done, best, lambda: {"model": judged.state_dict(), **about}, recorder.say)
         yield from found.items()
 
-    about = {"config": asdict(config), "data": learned_from, "classes": list(index.classes)}
+    about = {**described(config, index, learned_from), "classes": list(index.classes)}
     source = kept_decoded(loader, config.data.cache, config.watch.start, here, recorder, classifier)
     given = feed(source.batches(positions(config, loader, index, judge.positions, start, plan)), make, device, start)
     if here.holding:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from barlow.stages.training import (
     autocast,
     begin,
     checkpoint_of,
+    described,
     distribute,
     dtype_of,
     enter,
@@ -120,7 +120,7 @@ def main(run_folder: str) -> None:
 
     def state() -> dict[str, Any]:
         weights = {"model": objective.state_dict(), "optimizer": optimizer.state_dict()}
-        return {**weights, "config": asdict(config), "data": hashes(index, config.data.splits)}
+        return {**weights, **described(config, index, hashes(index, config.data.splits))}
 
     def evaluate() -> Iterator[tuple[str, float]]:
         return knn.evaluate(objective.backbone, index, config.knn, side, device, config.data.workers)
@@ -165,7 +165,7 @@ def restore(
     stored, told = newest(checkpoints, hashes(index, config.data.splits), config.data.dir)
     if stored is None:
         if config.model.init:
-            origin = checkpoint_of(config.model.init)
+            origin = checkpoint_of(config.model.init, checkpoints.folder.parent)
             load_weights(objective, load(origin)["model"], str(origin))
         return 0, told
     load_weights(objective, stored["model"], f"of step {stored['step']}")

@@ -70,7 +70,7 @@ def main(run_folder: str) -> None:
 
 def see(config: Request, here: Here, index: Index, known: table.Labelled, pool: np.ndarray, say: Say) -> Tensor | None:
     """Features of what is known and of the pool, on the first rank."""
-    checkpoint = together(lambda: checkpoint_of(config.from_run))  # the same for all, though that run go on
+    checkpoint = together(lambda: checkpoint_of(config.from_run, here.folder))
     backbone, size = together(lambda: backbone_of(config.from_run, checkpoint))
     backbone = backbone.to(here.device).to(memory_format=torch.channels_last)  # the faster layout, on CPUs too
     ids = np.concatenate((known.ids, pool))

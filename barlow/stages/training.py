@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +21,7 @@ from barlow.data import order, staging
 from barlow.data.cache import Cache, cached
 from barlow.data.loader import Loader
 from barlow.data.shards import Index
-from barlow.engine import memory
+from barlow.engine import memory, origin
 from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.engine.loop import Plan, patiently
 from barlow.engine.preempt import StopRequest
@@ -159,18 +159,26 @@ def newest(checkpoints: Checkpoints, data: Sequence[str], where: str) -> tuple[d
     return stored, [*told, f"going on from {path.name}"]
 
 
-def checkpoint_of(where: str) -> Path:
-    """The checkpoint that `where` means, as rank 0 sees it: on all ranks, as what is wrong with it is."""
+def checkpoint_of(where: str, folder: Path) -> Path:
+    """The checkpoint that the run in `folder` starts from: what `where` means at its first start, and the same one at
+    every other. As rank 0 sees it: on all ranks, as what is wrong with it is."""
     path, fault = Path(), ""
     if dist.rank() == 0:
         try:
-            path = find(where)
+            path = origin.kept(folder) or find(where)
+            if path.parent != folder / "origin":
+                origin.keep(path, folder)
         except UserError as error:
             fault = str(error)
     path, fault = dist.broadcast((path, fault))
     if fault:
         raise UserError(fault)
     return path
+
+
+def described(config: Training, index: Index, data: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of itself, so that its file alone is enough to use it; `data`: what it learned from."""
+    return {"config": asdict(config), "data": list(data), "mean": list(index.mean), "std": list(index.std)}
 
 
 def hashes(index: Index, splits: Sequence[str]) -> list[str]:

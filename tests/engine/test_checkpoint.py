@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from barlow.engine import checkpoint
+from barlow.engine import checkpoint, snapshot
 from barlow.engine.checkpoint import Checkpoints
 from barlow.errors import UserError
 
@@ -270,7 +270,7 @@ def test_the_memory_of_a_snapshot_is_kept_for_the_next(tmp_path: Path) -> None:
 @pytest.mark.parametrize("room", [True, False])
 def test_on_a_gpu_it_is_the_state_at_the_call_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
     if not room:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+        monkeypatch.setattr(snapshot, "_free", lambda _: 0)
     weights = torch.zeros(50_000_000, device="cuda")
     count = torch.tensor(0)
     checkpoints = Checkpoints(tmp_path, 1)

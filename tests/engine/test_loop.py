@@ -17,9 +17,10 @@ from torch import Tensor
 
 from barlow import dist, stop
 from barlow.data import chance
-from barlow.engine import loop
+from barlow.engine import loop, pace
 from barlow.engine.checkpoint import Checkpoints, load
 from barlow.engine.loop import Plan, fit
+from barlow.engine.pace import STEPS, Pace
 from barlow.engine.preempt import StopRequest
 from barlow.engine.record import Recorder
 from barlow.errors import Preempted
@@ -119,6 +120,53 @@ class WithDropout(Regression):
 def exact(rows: list[dict]) -> list[dict]:
     """Rows without what depends on the clock."""
     return [{key: value for key, value in row.items() if key not in ("images_per_sec", "data_wait")} for row in rows]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: steps are under way, and of one whose end nobody has waited for the host has no number yet."""
+
+    under_way: list[tuple[Tensor, Tensor]] = []
+
+    class Late(Pace):
+        def enqueued(self, loss: Tensor) -> None:
+            self.ends.append(under_way.pop())  # type: ignore[arg-type]
+
+        def wait(self, most: int = STEPS) -> None:
+            while len(self.ends) > most:
+                host, numbers = self.ends.popleft()  # type: ignore[misc]
+                host.copy_(numbers)  # type: ignore[has-type]
+
+    def to_host(loss: Tensor, metrics: Mapping[str, Tensor]) -> Tensor:
+        numbers = pace.to_host(loss, metrics)
+        host = torch.full_like(numbers, math.nan)
+        under_way.append((host, numbers))
+        return host
+
+    monkeypatch.setattr(loop, "Pace", Late)
+    monkeypatch.setattr(loop, "to_host", to_host)
+
+
+def test_numbers_are_read_when_they_are_there(tmp_path: Path, late: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Regression(tmp_path, replace(PLAN, log_every=2))
+    told.fit()
+    monkeypatch.undo()
+    monkeypatch.setattr(stop, "_listening", True)
+    (tmp_path / "plain").mkdir()
+    plain = Regression(tmp_path / "plain")
+    plain.fit()
+    assert exact(told.rows()) == exact(plain.rows())
+    assert all(row["images_per_sec"] > 0 for row in told.rows())
+    assert torch.equal(told.weights(), plain.weights())
+
+
+def test_a_loss_that_is_late_and_not_finite_is_in_no_checkpoint(tmp_path: Path, late: None) -> None:
+    run = Regression(tmp_path)
+    run.broken = {6: math.nan}
+    with pytest.raises(FloatingPointError, match="the loss of step 7 is nan"):
+        run.fit()
+    assert [row["step"] for row in run.rows()] == list(range(1, 7))
+    assert [p.name for p in tmp_path.glob("checkpoints/*.pt")] == ["step-000000004.pt"]
 
 
 def test_every_step_has_its_row(tmp_path: Path) -> None:

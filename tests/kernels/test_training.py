@@ -78,4 +78,5 @@ def test_on_a_gpu_too() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     gpu = torch.device("cuda")
-    compare(losses(gpu, "fused", "fused"), losses(gpu, "reference", "foreach"))
+    with torch.backends.cudnn.flags(allow_tf32=False, deterministic=True, benchmark=False):  # TF32 rounds at 1e-3
+        compare(losses(gpu, "fused", "fused"), losses(gpu, "reference", "foreach"))

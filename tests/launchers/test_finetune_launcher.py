@@ -112,7 +112,7 @@ def runs(bt: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
 def test_killed_and_begun_again_it_ends_with_the_same_bits(runs: tuple[Path, Path]) -> None:
     assert_same_bits(*runs)
     kept = load(find(str(runs[0])))
-    assert set(kept) == {"model", "optimizer", "step", "config", "data", "classes"}
+    assert set(kept) == {"model", "optimizer", "step", "config", "data", "mean", "std", "classes"}
     assert {"exp_avg", "exp_avg_sq", "step"} == set(kept["optimizer"]["state"][0])
 
 

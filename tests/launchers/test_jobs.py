@@ -18,8 +18,8 @@ import pytest
 
 from barlow import history
 from barlow.files import read_status, write_status
-from slurm.chain import Chain, Link, keep
-from slurm.cluster import Cluster
+from slurm.launch.cluster import Cluster
+from slurm.many.chain import Chain, Link, keep
 from slurm.states import job_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,7 +196,7 @@ def test_a_chain_here(tmp_path: Path, make_run: MakeRun) -> None:
     links = [Link(name, "fake_link", folders[name], Cluster(), names[:i][-1:]) for i, name in enumerate(names)]
     (folders["two"] / "held").touch()
     for link in links:
-        shutil.copy(ROOT / "tests" / "slurm" / "fake_link.py", link.folder / "code")
+        shutil.copy(ROOT / "tests" / "slurm" / "many" / "fake_link.py", link.folder / "code")
     (tmp_path / "runs" / "paper").mkdir()
     keep(Chain(tmp_path / "runs" / "paper", links), Cluster(cluster="local"))
     code, out, err = jobs(tmp_path, "resume", "paper", "--nodes", "2")

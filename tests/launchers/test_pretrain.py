@@ -54,7 +54,7 @@ def losses(folder: Path) -> list[float]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     latest = json.loads((folder / "checkpoints" / "latest.json").read_text())
     checkpoint = torch.load(folder / "checkpoints" / latest["file"], weights_only=True)
-    assert set(checkpoint) == {"model", "optimizer", "step", "config", "data"}
+    assert set(checkpoint) == {"model", "optimizer", "step", "config", "data", "mean", "std"}
     return checkpoint["model"] | {f"momentum.{k}": v["momentum"] for k, v in checkpoint["optimizer"]["state"].items()}
 
 
@@ -75,7 +75,7 @@ def ranks_of(folder: Path, watchdogs: bool = False) -> dict[int, int]:
         except OSError:
             continue
         environment = dict(entry.split(b"=", 1) for entry in entries if b"=" in entry)
-        if b"slurm.job" in words and str(folder).encode() in words:
+        if b"slurm.job.rank" in words and str(folder).encode() in words:
             found[int(environment[b"RANK"])] = int(process.name)
         elif b"submitit.core._submit" in words and job and environment.get(b"SLURM_JOB_ID") == job:
             found[int(environment[b"SLURM_PROCID"])] = int(process.name)

@@ -18,9 +18,9 @@ from barlow.errors import UserError
 from barlow.files import read_json, read_status, write_status
 from barlow.papers.barlowmatch import Part
 from barlow.recipes import FINETUNE, PRETRAIN
-from slurm.chain import Chain
-from slurm.cluster import Cluster
-from slurm.runs import Run
+from slurm.launch.cluster import Cluster
+from slurm.many.chain import Chain
+from slurm.runs.standing import Run
 from tests.papers.test_chain_of_barlowmatch import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,17 +42,17 @@ def test_a_rehearsal_of_the_whole_chain(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     runs = tmp_path / "runs"
     for name in NAMES:
-        assert read_status(runs / f"barlowmatch-chain,{name}")["state"] == "finished"
-    asked = (runs / "barlowmatch-chain,request-kmeans" / "request.csv").read_text().splitlines()
-    count = read_json(runs / "barlowmatch-chain,request-kmeans" / "config.json")["count"]
+        assert read_status(runs / f"barlowmatch-rehearsal,{name}")["state"] == "finished"
+    asked = (runs / "barlowmatch-rehearsal,request-kmeans" / "request.csv").read_text().splitlines()
+    count = read_json(runs / "barlowmatch-rehearsal,request-kmeans" / "config.json")["count"]
     assert len(asked) == 1 + count
-    few, more = (read_logged(runs / f"barlowmatch-chain,{name}") for name in ("finetune", "finetune-kmeans"))
+    few, more = (read_logged(runs / f"barlowmatch-rehearsal,{name}") for name in ("finetune", "finetune-kmeans"))
     assert more == few + count  # the answers were learned from
     for name in ("finetune", "fixmatch", "finetune-kmeans", "fixmatch-kmeans"):
-        results = read_json(runs / f"barlowmatch-chain,{name}" / "results.json")
+        results = read_json(runs / f"barlowmatch-rehearsal,{name}" / "results.json")
         assert 0 <= results["val_top1"] <= results["val_top5"] <= 100
         assert f"| {results['val_top1']:.2f} |" in done.stdout
-    assert len(list((runs / "barlowmatch-chain,pictures" / "pictures").glob("*.png"))) == 1 + 6
+    assert len(list((runs / "barlowmatch-rehearsal,pictures" / "pictures").glob("*.png"))) == 1 + 6
     again = reproduce(*words)
     assert again.returncode == 0
     assert again.stdout.count("has finished") == len(NAMES)
@@ -128,6 +128,19 @@ def test_answers_that_come_later_are_trained_with(launcher: ModuleType, tmp_path
     assert {run for run in first if second[run] != first[run]} == {"table"}
     assert read_json(tmp_path / "runs" / "barlowmatch-chain,table" / "config.json")["columns"] == ["kmeans"]
     assert run_of(launcher, tmp_path, tiny_data, "--answered", str(answers)) == second
+
+    table = tmp_path / "runs" / "barlowmatch-chain,table"
+    labels = tmp_path / "runs" / "barlowmatch-chain,finetune-kmeans" / "labels"
+    labels.mkdir()
+    (labels / "0.csv").write_bytes(answers.read_bytes())  # as the run keeps them when it begins
+    answers.write_text(answers.read_text() + f"{pool.first_id + 1},,{index.classes[0]}\n")
+    with pytest.raises(
+        UserError, match=r"answered.csv has changed since run 'barlowmatch-chain,finetune-kmeans' began"
+    ):
+        run_of(launcher, tmp_path, tiny_data, "--answered", str(answers))
+    with pytest.raises(UserError, match="exists with another config"):
+        run_of(launcher, tmp_path, tiny_data, "--finetune.epochs", "9")
+    assert read_status(table)["state"] == "finished", "what was refused has changed nothing"
 
 
 def test_a_run_that_waits_is_not_passed_over_with_other_flags(

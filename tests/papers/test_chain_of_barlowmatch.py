@@ -120,8 +120,11 @@ def test_a_rehearsal_is_smaller_in_everything_and_can_be_answered(scale: float) 
 
 def test_a_rehearsal_needs_labels() -> None:
     bare = index()
-    with pytest.raises(UserError, match=r"--scale 0\.01: a rehearsal needs labels, and data/nyu has no labelled split"):
+    with pytest.raises(UserError, match="no split 'train' in data/nyu: it has unlabeled, val"):
         parts(chain(scale=0.01), replace(bare, splits={name: bare.splits[name] for name in ("unlabeled", "val")}))
+    none = replace(bare.splits["train"], labeled=0)
+    with pytest.raises(UserError, match=r"--scale 0\.01: a rehearsal needs labels, and train of data/nyu has none"):
+        parts(chain(scale=0.01), replace(bare, splits={**bare.splits, "train": none}))
 
 
 def test_the_variant_differs_only_in_what_text_and_code_disagree_in() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from barlow.errors import one_line_errors
-from slurm import submit
-from slurm.cluster import Cluster
+from slurm.launch import submit
+from slurm.launch.cluster import Cluster
 
 
 def main(folder: Path, cluster: Cluster) -> int:

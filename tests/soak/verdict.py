@@ -73,8 +73,8 @@ def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(run: Run, undisturbed: Path, hits: list[Hit], restarts: int, wanted: int) -> bool:
-    """Line by line; whether all hold."""
+def verdict(run: Run, undisturbed: Path, hits: list[Hit], restarts: int, wanted: int) -> list[tuple[bool, str]]:
+    """Line by line, and whether each holds; printed, too."""
     lines = [
         same_state(run.folder, undisturbed),
         same_steps(run.folder, undisturbed),
@@ -86,7 +86,7 @@ def verdict(run: Run, undisturbed: Path, hits: list[Hit], restarts: int, wanted:
     ]
     for well, line in lines:
         print(f"{'ok    ' if well else 'FAILED'}  {line}")
-    return all(well for well, _ in lines)
+    return lines
 
 
 def same_state(folder: Path, undisturbed: Path) -> tuple[bool, str]:
@@ -178,14 +178,17 @@ def left_behind(run: Run) -> set[str]:
     return {f"process {pid}, {what}" for pid, what in found.items()}
 
 
-def record(rows: list[dict[str, Any]], seed: int) -> None:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+def record(rows: list[dict[str, Any]], lines: list[tuple[bool, str]], seed: int) -> None:
+    """The table, and beside it the verdict."""
+    told = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in told if line.startswith("model name")), platform.machine())
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     slurm = subprocess.run(["sinfo", "--version"], capture_output=True, text=True).stdout.split()[-1:]
     where = {"seed": seed, "cpu": model, "cores": len(os.sched_getaffinity(0)), "commit": git.stdout.strip()}
     where |= {"slurm": "".join(slurm), "torch": version("torch"), "submitit": version("submitit")}
-    with RESULTS.open("w", newline="") as file:
-        table = csv.DictWriter(file, [*rows[0], *where])
-        table.writeheader()
-        table.writerows(each | where for each in rows)
+    verdict: list[dict[str, Any]] = [{"holds": well, "what": line} for well, line in lines]
+    for path, found in ((RESULTS, rows), (RESULTS.with_name("soak_verdict.csv"), verdict)):
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, [*found[0], *where])
+            table.writeheader()
+            table.writerows(each | where for each in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,10 +20,10 @@ from barlow.data.ctaugment import Bins
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.data.weak import normalised
-from barlow.engine import checkpoint, loop
+from barlow.engine import checkpoint, loop, origin
 from barlow.engine.checkpoint import Checkpoints, find, load
 from barlow.errors import UserError
-from barlow.files import read_json, write_json
+from barlow.files import read_json, write_json, write_status
 from barlow.labels import table
 from barlow.objectives.supervised import Supervised
 from barlow.stages import classifiers, finetune, fixmatch, pretrain, training
@@ -30,7 +31,7 @@ from barlow.stages.classifiers import Judge
 from barlow.stages.training import distribute
 
 Ranks = Callable[..., list[Any]]
-NOWHERE = Path("/nowhere")  # answers would be kept there
+NOWHERE = Path("/proc/nowhere")  # what a run starts from would be kept there
 CPU = torch.device("cpu")
 NETWORK = Network("resnet10t", "small", 0.125)
 
@@ -131,7 +132,7 @@ def test_the_splits_that_are_read_and_what_tells_them_from_others(tiny_data: Pat
 
 def state_of(config: Finetune | FixMatch, index: Index) -> tuple[dict[str, Tensor], list[str]]:
     model = classifiers.build(config, index, CPU)
-    told = classifiers.start_from(model, config, index)
+    told = classifiers.start_from(model, config, index, NOWHERE)
     return dict(model.state_dict()), told
 
 
@@ -182,7 +183,7 @@ def judged(data: str, bt: str) -> dict[str, float]:
     config = asked(Finetune, Path(data), from_run=bt)
     index, known, _ = classifiers.data_of(config, NOWHERE)
     model = classifiers.build(config, index, CPU)
-    classifiers.start_from(model, config, index)
+    classifiers.start_from(model, config, index, NOWHERE)
     loader = Loader(index, ["train"], workers=1).relabelled(known.ids, known.labels)
     judge = Judge(config, index, loader, known, CPU)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -222,7 +223,7 @@ def kept(data: str, bt: str) -> list[str]:
     """What of a frozen backbone stays as it is when its head learns, as the stage hangs both on its ranks."""
     config = asked(Finetune, Path(data), from_run=bt, form="head")
     classifier = classifiers.build(config, read_index(data), CPU)
-    classifiers.start_from(classifier, config, read_index(data))
+    classifiers.start_from(classifier, config, read_index(data), NOWHERE)
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     model = distribute(Supervised(classifier), CPU).train()
     images = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(dist.rank()))
@@ -235,7 +236,7 @@ def kept(data: str, bt: str) -> list[str]:
 
 def refused(where: str) -> str:
     try:
-        training.checkpoint_of(where)
+        training.checkpoint_of(where, NOWHERE)
     except UserError as error:
         return str(error)
     return ""
@@ -388,16 +389,58 @@ def test_a_run_goes_on_with_the_answers_that_it_began_with(tmp_path: Path, tiny_
     lines = [f"{pool.first_id + i},{names[i]},{index.classes[0]}" for i in range(4)]
     answers.write_text("\n".join(["id,name,label", *lines]) + "\n")
     config = replace(asked(Finetune, tiny_data), labels=(str(answers),))
-    _, first, told = classifiers.data_of(config, tmp_path / "run")
+    run = tmp_path / "run"
+    _, first, told = classifiers.data_of(config, run)
     assert told == []
+    answers.write_text("\n".join(["id,name,label", *lines[:3]]) + "\n")
+    _, fewer, told = classifiers.data_of(config, run)
+    assert told == []
+    assert len(fewer.ids) == len(first.ids) - 1, "it has not begun, so it takes them as they are"
+    answers.write_text("\n".join(["id,name,label", *lines]) + "\n")
+    classifiers.data_of(config, run)
+    write_status(run, attempts=1)
     answers.write_text("\n".join(["id,name,label", *lines[:2]]) + "\n")
+    with pytest.raises(
+        UserError, match=r"answered.csv has changed since run 'run' began with it: choose another --run"
+    ):
+        origin.refuse_other_answers(run, config.labels)
     _, again, told = classifiers.data_of(config, tmp_path / "run")
     assert np.array_equal(first.ids, again.ids)
     assert told == [f"{answers} is not what it was when this run began, which goes on with what it was"]
     answers.unlink()
-    _, gone, told = classifiers.data_of(config, tmp_path / "run")
+    origin.refuse_other_answers(run, config.labels)  # whoever has filled it in may put it away
+    _, gone, told = classifiers.data_of(config, run)
     assert np.array_equal(first.ids, gone.ids)
-    assert len(told) == 1
+    assert told == []
+
+
+def saved(folder: Path, step: int, state: dict[str, Any]) -> None:
+    checkpoints = Checkpoints(folder / "checkpoints", 1)
+    checkpoints.save(step, state)
+    checkpoints.finish()
+
+
+def test_a_run_starts_from_the_same_checkpoint_again_though_that_run_went_on(bt: Path, tmp_path: Path) -> None:
+    """Its own folder keeps it, until it has one of its own."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(bt, other)
+    first = training.checkpoint_of(str(other), run)
+    assert first == find(str(other))
+    before = load(first)["step"]
+    state = {"model": load(first)["model"]}
+    saved(other, before + 1, state)
+    assert load(training.checkpoint_of(str(other), run))["step"] == before + 1, (
+        "it has not begun, so it takes the newest"
+    )
+    write_status(run, attempts=1)
+    saved(other, before + 2, state)
+    assert load(training.checkpoint_of(str(other), run))["step"] == before + 1
+    assert load(find(str(other)))["step"] == before + 2
+    shutil.rmtree(other)
+    assert load(training.checkpoint_of(str(other), run))["step"] == before + 1
+    (run / "origin" / "step-000000004.pt").rename(run / "lost.pt")
+    with pytest.raises(UserError, match="no checkpoint"):
+        training.checkpoint_of(str(other), run)
 
 
 def test_a_damaged_best_is_put_aside(tmp_path: Path) -> None:
