@@ -34,7 +34,7 @@ def load(where: str | Path) -> Pretrained:
     path = find(str(where))
     stored = read(path)
     if not {"config", "mean", "std"} <= stored.keys():
-        raise UserError(f"{path} does not say of what network and pixels it is: name a checkpoint that a run has saved")
+        raise UserError(f"{path} does not say of what network and pixels it is: no run of this version has saved it")
     network = network_of(stored["config"])
     backbone = build(Model(network.backbone, network.stem, network.width))  # type: ignore[arg-type]
     weights = {name.removeprefix("backbone."): w for name, w in stored["model"].items() if name.startswith("backbone.")}

@@ -14,7 +14,7 @@ from pathlib import Path
 from barlow import cli
 from barlow.config import Classifying, Reproduce, Request, Run, Table
 from barlow.data.shards import read_index
-from barlow.engine.origin import refuse_other_answers
+from barlow.engine.origin import copies, refuse_other_answers
 from barlow.engine.run import folder_of, load_config, prepare, refuse_other_config
 from barlow.errors import UserError, one_line_errors
 from barlow.files import read_json, write_status
@@ -44,10 +44,10 @@ def main(argv: Sequence[str]) -> int:
     index = read_index(asked.data.dir)
     parts = [replace(part, config=elsewhere(part.config, cluster)) for part in barlowmatch.parts(asked, index)]
     requests = [f"{folder_of(part.config)}/request.csv" for part in parts if part.stage == "request"]
-    awaited = [path for path in requests if not Path(path).exists()]
-    for part in parts:
-        if isinstance(part.config, Classifying):
-            refuse_other_answers(folder_of(part.config), part.config.labels)
+    copied = [
+        str(copy) for p in parts if p.stage == "finetune" for copy in copies(folder_of(p.config), p.config.labels)
+    ]
+    awaited = [path for path in (*requests, *copied) if not Path(path).exists()]
     for part in parts:
         with cli.named(part.config.run):
             refuse_unfit(without(part.config, awaited), index)
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
     *others, table = parts
     for part in others:
         refuse_other_config(part.config, waits=runs[part.name].alive)
+        if isinstance(part.config, Classifying):
+            refuse_other_answers(folder_of(part.config), part.config.labels, resumed=asked.run)
     if runs[table.name].alive:
         refuse_other_config(table.config, waits=True)
     if not cluster.dry_run:

@@ -46,7 +46,7 @@ def start(
     for config in configs:
         with cli.named(config.run if len(configs) > 1 else ""):
             refuse_other_config(config)
-            if isinstance(config, Classifying):
+            if isinstance(config, Classifying | Request):
                 origin.refuse_other_answers(folder_of(config), config.labels)
             early(config, ranks)
     runs = runs.left(cluster)
@@ -74,15 +74,14 @@ def from_origin(config: Asked) -> Asked:
 
 
 def has_saved(config: Asked) -> None:
-    """What is started from must be there, until the run has a checkpoint of its own."""
-    own = any((folder_of(config) / "checkpoints").glob("*.pt"))
-    if config.from_run and origin.awaited(config.from_run) and not own:
+    """What is started from must be there, until the run has begun, and keeps it."""
+    if config.from_run and origin.awaited(config.from_run) and not origin.began(folder_of(config)):
         raise UserError(f"--from {config.from_run}: that run has saved nothing yet: wait for its first checkpoint")
 
 
 def refuse_unfit(config: Run, index: Index) -> None:
     """What a run asks of its data that these shards have not."""
-    if isinstance(config, Classifying):
+    if isinstance(config, Classifying | Request):
         config = replace(config, labels=origin.answers(folder_of(config), config.labels))
     match config:
         case Pretrain():

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -74,35 +73,35 @@ def _differ(one: Path, other: Path) -> bool:
         return False
 
 
-def refuse_other_answers(folder: Path, labels: Sequence[str]) -> None:
-    """What a run learns from is settled when it begins, be it by flags or by files."""
+def refuse_other_answers(folder: Path, labels: Sequence[str], resumed: str = "") -> None:
+    """What a run learns from is settled when it begins, be it by flags or by files. `resumed`: the name by which
+    launchers/jobs.py resumes it, if it is not its own."""
     for name in changed_answers(folder, labels):
-        resumed = f"python launchers/jobs.py resume {folder.name}"
         raise UserError(
-            f"{name} has changed since run {folder.name!r} began with it: choose another --run to learn from it as it "
-            f"is now; {resumed} goes on with what it was"
+            f"{name} has changed since run {folder.name!r} began with it: choose another --run to use it as it is now; "
+            f"python launchers/jobs.py resume {resumed or folder.name} goes on with what it was"
         )
 
 
-def kept(folder: Path) -> Path | None:
-    """The checkpoint that a run which has begun started from, as long as it has it."""
-    return next((folder / "origin").glob("*.pt"), None) if began(folder) else None
-
-
-def keep(path: Path, folder: Path) -> None:
-    """Keep the checkpoint that a run starts from in its folder: the run that it is of may go on, and remove it.
-
-    As a second name of the same file, or where there can be none a copy; where there is no room, the run does without.
-    """
-    own = folder / "origin"
-    with suppress(OSError):
+def keep(path: Path, folder: Path) -> Path:
+    """Keep the checkpoint that a run starts from in its folder, and return it there: the run that it is of may go on,
+    and remove it. As a second name of the same file, or where there can be none a copy; where there is no room for
+    that, the run does without. A file without the record that runs save beside theirs is somebody's own, and stays."""
+    own, record = folder / "origin", path.with_suffix(".json")
+    if not record.exists():
+        return path
+    try:
         shutil.rmtree(own, ignore_errors=True)
         own.mkdir(parents=True)
-        try:
-            os.link(path, own / path.name)
-        except OSError:  # another file system
-            shutil.copyfile(path, own / ".copy")
-            os.replace(own / ".copy", own / path.name)
+        for file in (path, record):  # the record last: without it a checkpoint counts for nothing
+            try:
+                os.link(file, own / file.name)
+            except OSError:  # another file system
+                shutil.copyfile(file, own / file.name)
+    except OSError:
+        shutil.rmtree(own, ignore_errors=True)
+        return path
+    return own / path.name
 
 
 def other_labels(config: FixMatch) -> str:
@@ -110,11 +109,20 @@ def other_labels(config: FixMatch) -> str:
     stored = config_of(config.from_run) if config.from_run else {}
     if "labelled" not in stored:
         return ""
-    mine = {"labels": [Path(name).name for name in config.labels], **dataclasses.asdict(config.labelled)}
-    theirs = {"labels": [Path(name).name for name in stored.get("labels", ())], **stored["labelled"]}
-    mine, theirs = json.loads(json.dumps(mine)), json.loads(json.dumps(theirs))
-    differ = [f"{name} {theirs.get(name)} there, {mine[name]} here" for name in mine if mine[name] != theirs.get(name)]
+    mine, theirs = json.loads(json.dumps(dataclasses.asdict(config.labelled))), stored["labelled"]
+    differ = [
+        f"labelled.{name} {theirs.get(name)} there, {mine[name]} here"
+        for name in mine
+        if mine[name] != theirs.get(name)
+    ]
+    there = run_folder(config.from_run)
+    if _contents(answers(there, stored.get("labels", ()))) != _contents(config.labels):
+        differ.append("other answers")
     return f"{config.from_run} learned from other labels ({'; '.join(differ)})" if differ else ""
+
+
+def _contents(files: Sequence[str]) -> list[bytes]:
+    return sorted(Path(name).read_bytes() for name in files if Path(name).is_file())
 
 
 def size_of(stored: dict[str, Any]) -> int:

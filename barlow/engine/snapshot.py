@@ -136,9 +136,8 @@ def _roomy(state: Mapping[str, Any]) -> set[torch.device]:
 
 
 def _free(device: torch.device) -> int:
-    """What the driver has left, and what torch holds without using it."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    """What the driver has left. What torch holds unused besides may be a CUDA graph's, which no clone can have."""
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _map(value: Any, function: Callable[[Tensor, Place], Any], place: Place = ()) -> Any:

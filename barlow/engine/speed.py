@@ -102,8 +102,8 @@ class _Compiled:
             return loss, metrics
         torch.compiler.cudagraph_mark_step_begin()
         loss, metrics = self.fast(views)
-        # The next replay writes where these lie, while the loop keeps them until it logs. Gradients lie there as well:
-        # the optimizer has used them by then, and zero_grad(set_to_none=True) has let go of them.
+        # The next replay writes where these lie, and whoever calls may keep them. Gradients lie there as well: the
+        # optimizer has used them by then, and zero_grad(set_to_none=True) has let go of them.
         return loss.clone(), {name: metric.clone() for name, metric in metrics.items()}
 
     def in_graphs(self) -> str:

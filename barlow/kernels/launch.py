@@ -16,8 +16,6 @@ from barlow.kernels.build import UnavailableError
 UNASKED = 47 * 1024  # bytes of dynamic shared memory that any kernel gets: of 48 KB, static ones are part
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # a function's attribute, by its number in cuda.h
 MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97  # a device's
-
-
 NOT_FOR_THIS_GPU = (209, 218, 222)  # no image for it, one it does not understand, of a newer toolkit
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from barlow.config import Data, Reproduce, Run, Table
 from barlow.data.shards import Index
-from barlow.engine.origin import settled
+from barlow.engine.origin import copies, settled
 from barlow.errors import UserError
 
 ROWS = ("Barlow Twins + classifier", "Barlow Twins + classifier + FixMatch")
@@ -61,7 +61,8 @@ def classifiers(chain: Reproduce, pretrain: Part, label: str, answers: tuple[str
     first = replace(of_chain(chain, f"finetune{label}", chain.finetune), labels=answers)
     first = settled(replace(first, from_run=place(chain, "pretrain")), asdict(pretrain.config))
     yield Part(f"finetune{label}", "finetune", first, ("pretrain", *request))
-    second = replace(of_chain(chain, f"fixmatch{label}", chain.fixmatch), labels=answers)
+    kept = tuple(map(str, copies(Path(place(chain, f"finetune{label}")), answers)))  # whatever becomes of the answers
+    second = replace(of_chain(chain, f"fixmatch{label}", chain.fixmatch), labels=kept)
     second = settled(replace(second, from_run=place(chain, f"finetune{label}")), asdict(first))
     yield Part(f"fixmatch{label}", "fixmatch", second, (f"finetune{label}",))
 
@@ -130,7 +131,7 @@ def smaller(chain: Reproduce, index: Index) -> Reproduce:
     scale, root = chain.scale, chain.scale**0.5
     unlabelled = index.images(chain.data.splits)
     splits = chain.labelled.splits
-    there = sum(index.split(name).labeled for name in splits) // len(index.classes)  # a class
+    there = sum(index.split(name).labeled for name in splits) // max(1, len(index.classes))  # a class
     if not there:
         named = " and ".join(splits)
         raise UserError(f"--scale {scale:g}: a rehearsal needs labels, and {named} of {index.folder} has none")

@@ -39,17 +39,24 @@ def data_of(config: Classifying, folder: Path) -> tuple[Index, Labelled, list[st
     Answers are copied into the run's folder at its first start and read there from then on: people may go on to fill
     them in while the run is put back."""
     index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
-    copies = origin.copies(folder, config.labels)
-    answers, changed = dist.broadcast(
-        (origin.answers(folder, config.labels), origin.changed_answers(folder, config.labels))
-    )
-    told = [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
-    known = together(lambda: learnable(replace(config, labels=answers), index))
-    if answers == config.labels and dist.rank() == 0:
-        for copy, name in zip(copies, config.labels, strict=True):
+    labels, told = answers_of(config.labels, folder)
+    known = together(lambda: learnable(replace(config, labels=labels), index))
+    keep_answers(labels, folder)
+    return index, known, told
+
+
+def answers_of(labels: tuple[str, ...], folder: Path) -> tuple[tuple[str, ...], list[str]]:
+    """The files to read, the same on all ranks; lines for the log, of those that have changed since the run began."""
+    own, changed = dist.broadcast((origin.answers(folder, labels), origin.changed_answers(folder, labels)))
+    return own, [f"{name} is not what it was when this run began, which goes on with what it was" for name in changed]
+
+
+def keep_answers(labels: tuple[str, ...], folder: Path) -> None:
+    """Copy the answers that have been read into the run's folder, unless they are those."""
+    for copy, name in zip(origin.copies(folder, labels), labels, strict=True):
+        if dist.rank() == 0 and Path(name) != copy:
             copy.parent.mkdir(parents=True, exist_ok=True)
             write_whole(copy, Path(name).read_bytes())
-    return index, known, told
 
 
 def best_of(folder: Path, writes: bool) -> tuple[Checkpoints, list[str]]:

@@ -166,7 +166,7 @@ def restore(
     if stored is None:
         if config.model.init:
             origin = checkpoint_of(config.model.init, checkpoints.folder.parent)
-            load_weights(objective, load(origin)["model"], str(origin))
+            load_weights(objective, together(lambda: load(origin))["model"], str(origin))
         return 0, told
     load_weights(objective, stored["model"], f"of step {stored['step']}")
     optimizer.load_state_dict(stored["optimizer"])

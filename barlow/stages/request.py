@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from barlow.engine.run import load_config
 from barlow.files import write_json, write_status
 from barlow.labels import rules, table
 from barlow.models import backbone as backbones
-from barlow.stages.classifiers import splits_with
+from barlow.stages.classifiers import answers_of, keep_answers, splits_with
 from barlow.stages.outputs import outputs
 from barlow.stages.training import Here, begin, checkpoint_of, enter
 
@@ -53,7 +54,11 @@ def main(run_folder: str) -> None:
     here = enter(folder, config)
     say = voice(folder)
     index = together(lambda: read_index(config.data.dir)).normalising(config.data.mean, config.data.std)
-    known, pool = together(lambda: table.asked(config, index))
+    labels, changed = answers_of(config.labels, folder)
+    known, pool = together(lambda: table.asked(replace(config, labels=labels), index))
+    keep_answers(labels, folder)
+    for line in changed:
+        say(line)
     say(in_words(config, index, known, pool))
     if dist.rank() == 0:
         begin(folder, 0, 0 if config.rule == "random" else len(known.ids) + len(pool))

@@ -165,15 +165,20 @@ def checkpoint_of(where: str, folder: Path) -> Path:
     path, fault = Path(), ""
     if dist.rank() == 0:
         try:
-            path = origin.kept(folder) or find(where)
-            if path.parent != folder / "origin":
-                origin.keep(path, folder)
+            path = _kept(folder) or origin.keep(find(where), folder)
         except UserError as error:
             fault = str(error)
     path, fault = dist.broadcast((path, fault))
     if fault:
         raise UserError(fault)
     return path
+
+
+def _kept(folder: Path) -> Path | None:
+    """The checkpoint that a run which has begun started from, if it is still good."""
+    with suppress(UserError):
+        return find(str(folder / "origin")) if origin.began(folder) else None
+    return None
 
 
 def described(config: Training, index: Index, data: Sequence[str]) -> dict[str, Any]:

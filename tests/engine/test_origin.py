@@ -8,10 +8,23 @@ from typing import Any
 
 import pytest
 
-from barlow.config import Data, Finetune, FixMatch, Head, Model, Network, Pretrain, Request, Shards, Views, Visualize
+from barlow.config import (
+    Data,
+    Finetune,
+    FixMatch,
+    Head,
+    Labelled,
+    Model,
+    Network,
+    Pretrain,
+    Request,
+    Shards,
+    Views,
+    Visualize,
+)
 from barlow.engine import origin
 from barlow.errors import UserError
-from barlow.files import write_json
+from barlow.files import read_json, write_json
 
 NORMALS: dict[str, Any] = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25)}
 PRETRAIN = Pretrain(
@@ -170,3 +183,43 @@ def test_without_a_run_to_start_from_the_network_is_new() -> None:
     assert origin.settled(FixMatch(**NEW)).model == Network("resnet18", "small", 1.0)
     given = Network("resnet18", "cifar", 0.25)
     assert origin.settled(Finetune(**{**NEW, "model": given})).model == given
+
+
+def test_fixmatch_is_told_of_other_labels_than_its_classifier_had(classifier: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "request.csv"
+    answers.write_text("id,label\n1,cat\n")
+    same = FixMatch(from_run=str(classifier), labelled=Labelled())
+    assert origin.other_labels(same) == ""
+    assert "labelled.per_class 0 there, 4 here" in origin.other_labels(replace(same, labelled=Labelled(per_class=4)))
+    asked = replace(same, labels=(str(answers),))
+    assert "(other answers)" in origin.other_labels(asked)
+    stored = read_json(classifier / "config.json")
+    write_json(classifier / "config.json", {**stored, "labels": ["/elsewhere/request.csv"]})
+    (classifier / "labels").mkdir()
+    (classifier / "labels" / "0.csv").write_bytes(answers.read_bytes())
+    assert origin.other_labels(asked) == "", "it is what is in them that counts"
+    assert "(other answers)" in origin.other_labels(same)
+    assert origin.other_labels(FixMatch()) == ""
+
+
+def test_what_a_run_starts_from_is_kept_where_it_can_be(
+    bt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = bt / "checkpoints" / "step-000000004.pt", tmp_path / "run"
+    assert origin.keep(path, run) == path, "without a record it is a file of somebody's own"
+    path.with_suffix(".json").write_text("{}")
+    kept = origin.keep(path, run)
+    assert kept == run / "origin" / path.name
+    assert kept.samefile(path)
+    assert kept.with_suffix(".json").exists()
+
+    def refused(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(origin.os, "link", refused)
+    assert origin.keep(path, run) == kept
+    assert not kept.samefile(path)
+    assert kept.read_bytes() == path.read_bytes()
+    monkeypatch.setattr(origin.shutil, "copyfile", refused)
+    assert origin.keep(path, run) == path, "it does without"
+    assert not (run / "origin").exists()

@@ -119,11 +119,19 @@ def test_a_compiled_step_is_the_eager_one_within_rounding(tmp_path: Path) -> Non
     assert "scatter" not in code, "a sum whose order a GPU leaves to chance"
 
 
+@pytest.fixture(scope="module")
+def ranks(on_ranks: Callable[..., list[Any]], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What two ranks have compiled: to start their compilers takes most of the time."""
+    return on_ranks(2, both, tmp_path_factory.mktemp("ranks"), timeout=250)
+
+
+def both(folder: Path) -> tuple[Any, tuple[Tensor, ...]]:
+    return on_a_rank(folder), norm_twice()
+
+
 @pytest.mark.slow
-def test_among_ranks_the_pieces_are_compiled_and_gradients_stay_right(
-    on_ranks: Callable[..., list[Any]], tmp_path: Path
-) -> None:
-    for said, graphs, found, rounding, true in on_ranks(2, on_a_rank, tmp_path, timeout=250):
+def test_among_ranks_the_pieces_are_compiled_and_gradients_stay_right(ranks: list[Any]) -> None:
+    for (said, graphs, found, rounding, true), _ in ranks:
         assert said == ["step: to be compiled, at the first one"]
         assert graphs == 2, "backbone and projector, each in one"
         assert found.keys() == rounding.keys() == true.keys()
@@ -145,10 +153,10 @@ def on_a_rank(folder: Path) -> tuple[list[str], int, dict[str, Tensor], dict[str
 
 
 @pytest.mark.slow
-def test_among_ranks_a_batch_norm_may_be_called_twice_in_one_graph(on_ranks: Callable[..., list[Any]]) -> None:
+def test_among_ranks_a_batch_norm_may_be_called_twice_in_one_graph(ranks: list[Any]) -> None:
     """There the collectives that torch.compile makes of torch.distributed's give wrong gradients, without a word; the
     operators of dist.py are left as they are."""
-    for found, true in on_ranks(2, norm_twice, timeout=250):
+    for _, (found, true) in ranks:
         assert torch.allclose(found, true, rtol=1e-9)
 
 

@@ -31,6 +31,7 @@ int cuCtxPushCurrent_v2(void* context) { ++depth, ++pushed; return context != (v
 int cuCtxPopCurrent_v2(void**) { --depth; return 0; }
 int cuModuleLoadData(void** module, const void* image) {
     std::memcpy(module_bytes, image, 8), *module = (void*)7, ++loaded;
+    if (code) return code;
     return depth != 1;
 }
 int cuModuleGetFunction(void** function, void* module, const char* named) {
@@ -107,3 +108,13 @@ def test_what_the_driver_refuses_is_an_error_in_its_words(kernels: Kernels, libr
     with pytest.raises(RuntimeError, match=r"the driver's own words \(700\)"):
         kernels.launch("scale", 1, 32, 0, torch.zeros(1), ctypes.c_float(0), ctypes.c_longlong(0))
     assert told(library, "depth") == 0
+
+
+@pytest.mark.parametrize(("code", "error"), [(209, build.UnavailableError), (700, launch.DriverError)])
+def test_only_a_kernel_that_is_not_for_this_gpu_is_done_without(
+    kernels: Kernels, library: ctypes.CDLL, code: int, error: type[Exception]
+) -> None:
+    """An earlier kernel's failure is told at the next call of the driver, whatever that is."""
+    ctypes.c_int.in_dll(library, "code").value = code
+    with pytest.raises(error, match=rf"the driver's own words \({code}\)"):
+        Kernels("lars", torch.device("cuda", 1))

@@ -28,6 +28,7 @@ from barlow.files import read_json, write_json
 from barlow.models import classifier as classifiers
 from barlow.stages import finetune
 from tests.launchers.test_pretrain import nobody_left, signal_rank_after
+from tests.scripts import Answer, run_all
 from tests.stages.test_classifiers import NETWORK, asked, pretrained_run, without_labels_in_val
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,23 +256,11 @@ CASES = [
     Case("fixmatch", "--from {bt} --ema 1", "--ema is 1.0: give 0 or more, and less than 1"),
 ]
 ALL_LABELS = ["--labelled.per-class", "0"]  # the recipe wants more than there are here
-PROGRAM = """
-import contextlib, io, json, runpy, sys
-sys.path.insert(0, "launchers")
-for launcher, words in json.load(sys.stdin):
-    told, sys.argv, code = io.StringIO(), [launcher, *words], "it went on"  # no UTF-8 either
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
-        try:
-            runpy.run_path(f"launchers/{launcher}.py", run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-    print(json.dumps([code, told.getvalue(), "torch" in sys.modules]))
-"""
 
 
 class Answers(NamedTuple):
     names: dict[str, str]
-    told: dict[Case, tuple[int, str, bool]]  # exit code, what stderr says, whether torch is there
+    told: dict[Case, Answer]
     runs: Path
 
 
@@ -290,30 +279,18 @@ def answers(tiny_data: Path, bt: Path, tmp_path_factory: pytest.TempPathFactory)
     words = [case.flags.format(**names).split() + more for case in CASES]
     train = ("finetune", "fixmatch")
     all_labels = [[] if case.launcher not in train or "per-class" in case.flags else ALL_LABELS for case in CASES]
-    given = [[case.launcher, one + two] for case, one, two in zip(CASES, words, all_labels, strict=True)]
-    environment = {key: value for key, value in os.environ.items() if key != "SLURM_CONF"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps(given),
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [tuple(json.loads(line)) for line in done.stdout.splitlines()]
-    return Answers(names, dict(zip(CASES, found, strict=True)), folder / "runs")
+    given = [[f"launchers/{c.launcher}.py", *one, *two] for c, one, two in zip(CASES, words, all_labels, strict=True)]
+    return Answers(names, dict(zip(CASES, run_all(given), strict=True)), folder / "runs")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.launcher} {case.flags}")
 def test_bad_input_is_one_line_without_torch(answers: Answers, case: Case) -> None:
-    code, told, torch_is_there = answers.told[case]
-    lines = told.splitlines()
-    assert code == (2 if case.told else 0), told
-    assert len(lines) == (1 if case.told else 0), told
+    answer = answers.told[case]
+    lines = answer.told.splitlines()
+    assert answer.code == (2 if case.told else 0), answer.told
+    assert len(lines) == (1 if case.told else 0), answer.told
     assert not case.told or case.told.format(**answers.names) in lines[0]
-    assert not torch_is_there
+    assert not answer.torch
 
 
 def test_nothing_was_created(answers: Answers) -> None:

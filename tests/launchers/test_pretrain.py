@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from barlow import history
+from tests.scripts import Answer, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--epochs 4 --batch-size 32 --log-every 1 --checkpoint.every-steps 3 --knn.every-epochs 0 --knn.no-baselines"
@@ -224,26 +225,37 @@ def one_line(done: subprocess.CompletedProcess, told: str) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        ("--data.dir nowhere", "no such folder"),
-        ("--data.splits train test", "no split 'test'"),
-        (
-            "--batch-size 30 --nodes 4 --cluster local",
-            "batch size 30 is not divisible by 4 ranks: give --batch-size 28 or 32",
-        ),
-        ("--batch-size 4096", "batch size 4096 is larger than the data"),
-        ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
-        ("--optim.lr fast", "--optim.lr"),
-        ("--batch-size 30 --nodes 4 --cluster local --dry-run", "batch size 30 is not divisible by 4 ranks"),
-        ("--nodes 4", "--cluster local runs 4 ranks here"),
-        ("--model.init nothing.pt", "--model.init: no checkpoint "),
-    ],
-)
-def test_bad_input_is_one_line_before_anything_starts(tiny_data: Path, tmp_path: Path, flags: str, told: str) -> None:
-    one_line(pretrain(tiny_data, tmp_path, *flags.split(), fine=False), told)
-    assert not (tmp_path / "shapes" / "status.json").exists()
+MISTAKES = [
+    ("--data.dir nowhere", "no such folder"),
+    ("--data.splits train test", "no split 'test'"),
+    (
+        "--batch-size 30 --nodes 4 --cluster local",
+        "batch size 30 is not divisible by 4 ranks: give --batch-size 28 or 32",
+    ),
+    ("--batch-size 4096", "batch size 4096 is larger than the data"),
+    ("--epoch 3", "unknown flag --epoch: did you mean --epochs?"),
+    ("--optim.lr fast", "--optim.lr"),
+    ("--batch-size 30 --nodes 4 --cluster local --dry-run", "batch size 30 is not divisible by 4 ranks"),
+    ("--nodes 4", "--cluster local runs 4 ranks here"),
+    ("--model.init nothing.pt", "--model.init: no checkpoint "),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Answer], Path]:
+    """What each is told, and where nothing should have been created."""
+    runs = tmp_path_factory.mktemp("mistakes") / "runs"
+    return run_all([command(tiny_data, runs, *flags.split())[1:] for flags, _ in MISTAKES]), runs
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[flags for flags, _ in MISTAKES])
+def test_bad_input_is_one_line_before_anything_starts(mistakes: tuple[list[Answer], Path], number: int) -> None:
+    answer = mistakes[0][number]
+    assert answer.code == 2, answer.out + answer.told
+    assert len(answer.told.splitlines()) == 1, answer.told
+    assert MISTAKES[number][1] in answer.told
+    assert not mistakes[1].exists()
+    assert not answer.torch
 
 
 def test_an_unknown_recipe(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from slurm.launch.cluster import Cluster
 from slurm.many.chain import Chain
 from slurm.runs.standing import Run
 from tests.papers.test_chain_of_barlowmatch import NAMES
+from tests.scripts import Answer, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--pretrain.batch-size", "32", "--finetune.batch-size", "16"]
@@ -64,31 +65,39 @@ def read_logged(folder: Path) -> int:
     return int(line.split(" labelled images")[0].split()[-1])
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--scale", "2"], "--scale is 2.0: give 1 or less"),
-        (["--rules", "kmeans", "kmeans"], "--rules is ('kmeans', 'kmeans'): give one rule or more, each once"),
-        (["--scale", "0.01", "--nodes", "5"], "--pretrain.batch-size 48 is not divisible by"),
-        (["--sweep", "seed=1,2"], "--sweep is for single runs"),
-        (["--run", "a,b"], "--run is 'a,b': give a plain name"),
-        (["--pretrain.seed", "7"], "--pretrain.seed: the runs of a chain have that in common: give --seed"),
-        (["--request.rule", "random"], "--request.rule: the runs of a chain have that in common: leave it out"),
-        (["--rules", "kmeans", "random", "--answered", "a.csv"], "one: --answered is to the request of one rule"),
-        ([*SMALL, "--answered", "nowhere.csv"], "run barlowmatch-chain,finetune-kmeans: "),
-        ([*SMALL, "--request.count", "5000"], "run barlowmatch-chain,request-kmeans: "),
-        ([*SMALL, "--labelled.per-class", "100"], "run barlowmatch-chain,finetune: "),
-        ([*SMALL, "--fixmatch.mu", "70"], "run barlowmatch-chain,fixmatch: "),
-        ([*SMALL, "--data.splits", "unlabeled", "val"], "run barlowmatch-chain,fixmatch: --data.splits val"),
-        ([*SMALL, "--pretrain.batch-size", "500"], "run barlowmatch-chain,pretrain: "),
-    ],
-)
-def test_what_cannot_be_is_refused_in_a_line(tmp_path: Path, tiny_data: Path, words: list[str], told: str) -> None:
-    done = reproduce(*words, "--data.dir", str(tiny_data), "--runs-dir", str(tmp_path / "runs"))
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert told in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
+MISTAKES = [
+    (["--scale", "2"], "--scale is 2.0: give 1 or less"),
+    (["--rules", "kmeans", "kmeans"], "--rules is ('kmeans', 'kmeans'): give one rule or more, each once"),
+    (["--scale", "0.01", "--nodes", "5"], "--pretrain.batch-size 48 is not divisible by"),
+    (["--sweep", "seed=1,2"], "--sweep is for single runs"),
+    (["--run", "a,b"], "--run is 'a,b': give a plain name"),
+    (["--pretrain.seed", "7"], "--pretrain.seed: the runs of a chain have that in common: give --seed"),
+    (["--request.rule", "random"], "--request.rule: the runs of a chain have that in common: leave it out"),
+    (["--rules", "kmeans", "random", "--answered", "a.csv"], "one: --answered is to the request of one rule"),
+    ([*SMALL, "--answered", "nowhere.csv"], "run barlowmatch-chain,finetune-kmeans: "),
+    ([*SMALL, "--request.count", "5000"], "run barlowmatch-chain,request-kmeans: "),
+    ([*SMALL, "--labelled.per-class", "100"], "run barlowmatch-chain,finetune: "),
+    ([*SMALL, "--fixmatch.mu", "70"], "run barlowmatch-chain,fixmatch: "),
+    ([*SMALL, "--data.splits", "unlabeled", "val"], "run barlowmatch-chain,fixmatch: --data.splits val"),
+    ([*SMALL, "--pretrain.batch-size", "500"], "run barlowmatch-chain,pretrain: "),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Answer], Path]:
+    """What each is told, and where nothing should have been created."""
+    runs = tmp_path_factory.mktemp("mistakes") / "runs"
+    shared = ["--cluster", "local", "--data.dir", str(tiny_data), "--runs-dir", str(runs)]
+    return run_all([["launchers/reproduce.py", "barlowmatch", *words, *shared] for words, _ in MISTAKES]), runs
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=[" ".join(words) for words, _ in MISTAKES])
+def test_what_cannot_be_is_refused_in_a_line(mistakes: tuple[list[Answer], Path], number: int) -> None:
+    answer = mistakes[0][number]
+    assert answer.code == 2, answer.out + answer.told
+    assert MISTAKES[number][1] in answer.told
+    assert len(answer.told.splitlines()) == 1
+    assert not mistakes[1].exists()
 
 
 @pytest.fixture
