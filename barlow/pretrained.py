@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from barlow.config import Model
-from barlow.engine.checkpoint import find, load_weights
+from barlow.engine.checkpoint import find, load_weights, part
 from barlow.engine.checkpoint import load as read
 from barlow.engine.origin import network_of
 from barlow.errors import UserError
@@ -37,7 +37,6 @@ def load(where: str | Path) -> Pretrained:
         raise UserError(f"{path} does not say of what network and pixels it is: no run of this version has saved it")
     network = network_of(stored["config"])
     backbone = build(Model(network.backbone, network.stem, network.width))  # type: ignore[arg-type]
-    weights = {name.removeprefix("backbone."): w for name, w in stored["model"].items() if name.startswith("backbone.")}
-    load_weights(backbone, weights, str(path))
+    load_weights(backbone, part(stored, "backbone"), str(path))
     mean, std = (torch.tensor(stored[name]).view(3, 1, 1) for name in ("mean", "std"))
     return Pretrained(backbone.eval(), mean, std)

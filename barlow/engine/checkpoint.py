@@ -220,6 +220,11 @@ def load(path: Path) -> dict[str, Any]:
     raise UserError(f"{path} is no checkpoint ({fault}): name a run folder or a .pt file from its checkpoints")
 
 
+def part(stored: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+    """The weights of one part of a checkpoint's network, by the part's own names."""
+    return {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
+
+
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Put `weights` into `module`; another architecture is refused with the first entry that does not fit."""
     for name, faults in _misfits(module.state_dict(), weights):

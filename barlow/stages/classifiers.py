@@ -19,7 +19,7 @@ from barlow.data import order
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine import origin
-from barlow.engine.checkpoint import Checkpoints, load, load_weights
+from barlow.engine.checkpoint import Checkpoints, load, load_weights, part
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import together
 from barlow.errors import UserError
@@ -107,9 +107,8 @@ def start_from(classifier: Classifier, config: Classifying, index: Index, folder
     if isinstance(config, FixMatch) and any(name.startswith("head.") for name in stored["model"]):
         check_classes(stored, index, config.from_run)
         parts.append(("head", classifier.head))
-    for name, part in parts:
-        weights = {key.removeprefix(f"{name}."): w for key, w in stored["model"].items() if key.startswith(f"{name}.")}
-        load_weights(part, weights, f"{path} ({name})")
+    for name, own in parts:
+        load_weights(own, part(stored, name), f"{path} ({name})")
     return [f"{' and '.join(name for name, _ in parts)} of {name_of(config.from_run)}, step {stored['step']}"]
 
 

@@ -24,7 +24,7 @@ from barlow.data import staging
 from barlow.data.loader import Loader
 from barlow.data.shards import Index, read_index
 from barlow.engine import origin
-from barlow.engine.checkpoint import load, load_weights
+from barlow.engine.checkpoint import load, load_weights, part
 from barlow.engine.journal import Journal
 from barlow.engine.loop import patiently
 from barlow.engine.preflight import preflight, together
@@ -101,10 +101,8 @@ def backbone_of(where: str, checkpoint: Path) -> tuple[nn.Module, int]:
     stored = origin.config_of(where)
     network = origin.network_of(stored)
     model = config.Model(backbone=network.backbone, stem=cast(Any, network.stem), width=network.width)
-    backbone, part = backbones.build(model), "backbone."
-    weights = load(checkpoint)["model"].items()
-    own = {name.removeprefix(part): tensor for name, tensor in weights if name.startswith(part)}
-    load_weights(backbone, own, str(checkpoint))
+    backbone = backbones.build(model)
+    load_weights(backbone, part(load(checkpoint), "backbone"), str(checkpoint))
     return backbone.eval(), origin.size_of(stored)
 
 
